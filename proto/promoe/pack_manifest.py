@@ -1,0 +1,127 @@
+"""The manifest of an expert pack: the contract between the packer, the store and the compute node.
+
+A pack is a folder:
+
+    manifest.json            this file; written last, so a pack without it is half a pack
+    experts/layer_00000.bin  one file per MoE layer: the layer's blobs, each at a multiple of the blob stride
+    dense/                   everything but the experts: a Transformers checkpoint with config and tokenizer
+    routers.safetensors      the routers' weights by layer, `layers.<layer>.<parameter>`
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from promoe.errors import ModelNotFound, PackDamaged
+from promoe.ids import ExpertId
+from promoe.model_spec import Dtype, ExpertLayout, ModelSpec, TensorSlice
+
+PACK_VERSION: Final = 1
+MANIFEST_FILE: Final = "manifest.json"
+DENSE_FOLDER: Final = "dense"
+ROUTERS_FILE: Final = "routers.safetensors"
+
+
+@dataclass(frozen=True)
+class PackManifest:
+    """What a pack holds.
+
+    Attributes:
+        spec: the model's geometry.
+        blob_checksums: xxh3-64 of each blob (without alignment), hexadecimal, by layer and expert.
+        layer_modules: per MoE layer the name of its experts module in the Transformers model.
+        dense_checksums: xxh3-64 of each file of the pack outside `experts/`, by path relative to the pack.
+        packed_with: versions of what made it, for people.
+    """
+
+    spec: ModelSpec
+    blob_checksums: tuple[tuple[str, ...], ...]
+    layer_modules: tuple[str, ...]
+    dense_checksums: dict[str, str]
+    packed_with: dict[str, str]
+
+    def checksum_of(self, expert: ExpertId) -> int:
+        """xxh3-64 of the expert's blob."""
+        return int(self.blob_checksums[expert.layer][expert.expert], 16)
+
+    def write(self, pack_dir: Path) -> None:
+        """Writes the manifest atomically; call it last."""
+        document = {"pack_version": PACK_VERSION, **asdict(self)}
+        document["spec"]["layout"]["dtype"] = self.spec.layout.dtype.value
+        partial = pack_dir / f"{MANIFEST_FILE}.tmp"
+        partial.write_text(json.dumps(document, indent=1))
+        partial.replace(pack_dir / MANIFEST_FILE)
+
+    @classmethod
+    def read(cls, pack_dir: Path) -> "PackManifest":
+        """Raises ModelNotFound if there is no pack, PackDamaged if the manifest is not one we can read."""
+        path = pack_dir / MANIFEST_FILE
+        if not pack_dir.is_dir():
+            raise ModelNotFound(f"There is no folder {pack_dir}.")
+        if not path.is_file():
+            raise PackDamaged(f"{pack_dir} is not a finished pack: it has no {MANIFEST_FILE}. Run `promoe pack` again.")
+        try:
+            document = json.loads(path.read_text())
+            if document["pack_version"] != PACK_VERSION:
+                raise PackDamaged(
+                    f"{path} is of pack version {document['pack_version']}; this promoe reads {PACK_VERSION}. "
+                    "Run `promoe pack` again."
+                )
+            manifest = cls(
+                spec=_spec_of(document["spec"]),
+                blob_checksums=tuple(tuple(layer) for layer in document["blob_checksums"]),
+                layer_modules=tuple(document["layer_modules"]),
+                dense_checksums=dict(document["dense_checksums"]),
+                packed_with=dict(document["packed_with"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PackDamaged(f"{path} cannot be read as a manifest ({error!r}). Run `promoe pack` again.") from error
+        manifest._check_shape(path)
+        return manifest
+
+    def _check_shape(self, path: Path) -> None:
+        spec = self.spec
+        expected = [spec.num_experts] * spec.num_moe_layers
+        found = [len(layer) for layer in self.blob_checksums]
+        if found != expected or len(self.layer_modules) != spec.num_moe_layers:
+            raise PackDamaged(f"{path} lists {found} checksums per layer where the model has {expected}.")
+
+
+def layer_file(pack_dir: Path, layer: int) -> Path:
+    """The file with the blobs of one MoE layer."""
+    return pack_dir / "experts" / f"layer_{layer:05d}.bin"
+
+
+def _spec_of(document: dict[str, object]) -> ModelSpec:
+    layout = document.pop("layout")
+    if not isinstance(layout, dict):
+        raise TypeError("layout is not an object")
+    tensors = tuple(
+        TensorSlice(str(t["name"]), tuple(int(n) for n in t["shape"]), int(t["offset"]), int(t["nbytes"]))
+        for t in layout["tensors"]
+    )
+    text = {key: str(document[key]) for key in ("name", "family", "fingerprint")}
+    numbers = {
+        key: int(str(document[key]))
+        for key in (
+            "num_moe_layers",
+            "num_experts",
+            "experts_per_token",
+            "hidden_size",
+            "vocab_size",
+            "max_context_tokens",
+        )
+    }
+    return ModelSpec(
+        name=text["name"],
+        family=text["family"],
+        fingerprint=text["fingerprint"],
+        num_moe_layers=numbers["num_moe_layers"],
+        num_experts=numbers["num_experts"],
+        experts_per_token=numbers["experts_per_token"],
+        hidden_size=numbers["hidden_size"],
+        vocab_size=numbers["vocab_size"],
+        max_context_tokens=numbers["max_context_tokens"],
+        layout=ExpertLayout(Dtype.parse(str(layout["dtype"])), tensors),
+    )

@@ -1,0 +1,178 @@
+"""How promoe's processes serve and call gRPC: channel options, deadlines, errors, health and reflection."""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar, cast
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from promoe.errors import RETRY_AFTER_METADATA_KEY, Overloaded, PromoeError, error_of, status_of
+
+logger = logging.getLogger(__name__)
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+if TYPE_CHECKING:
+    # gRPC's classes are generic for the type checker only.
+    _Handler: TypeAlias = grpc.RpcMethodHandler[_Request, _Response] | None
+    _Context: TypeAlias = grpc.aio.ServicerContext[object, object]
+
+INFO_DEADLINE_S: Final = 5.0
+"""Handshakes and statistics: answered from memory."""
+
+GENERATE_DEADLINE_S: Final = 3600.0
+"""A whole answer, queueing included, unless the caller says otherwise."""
+
+MAX_MESSAGE_NBYTES: Final = 32 << 20
+
+CHANNEL_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_NBYTES),
+    # A dead peer is noticed within seconds although nothing is being sent.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # promoe's endpoints are on this host or its private network: never through an HTTP proxy of the environment.
+    ("grpc.enable_http_proxy", 0),
+)
+
+SERVER_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_NBYTES),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Two servers on one port would share its calls silently.
+    ("grpc.so_reuseport", 0),
+)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns domain errors into status codes by the table; anything else is a bug: logged, INTERNAL without details."""
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler[_Request, _Response]]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "_Handler[_Request, _Response]":
+        """Wraps the handler's behaviour; health and reflection raise no domain errors and pass through it too."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        method = handler_call_details.method
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                _guard_unary(handler.unary_unary, method), handler.request_deserializer, handler.response_serializer
+            )
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                _guard_stream(handler.unary_stream, method), handler.request_deserializer, handler.response_serializer
+            )
+        if handler.stream_stream is not None and "reflection" not in method:
+            return grpc.stream_stream_rpc_method_handler(
+                _guard_stream(handler.stream_stream, method), handler.request_deserializer, handler.response_serializer
+            )
+        return handler
+
+
+def _guard_unary(behavior: object, method: str) -> Callable[..., object]:
+    call = cast("Callable[[object, _Context], Awaitable[object]]", behavior)
+
+    async def guarded(request: object, context: "_Context") -> object:
+        try:
+            return await call(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # the process edge of every call
+            await _abort(context, error, method)
+            raise
+
+    return guarded
+
+
+def _guard_stream(behavior: object, method: str) -> Callable[..., object]:
+    call = cast("Callable[[object, _Context], AsyncIterator[object]]", behavior)
+
+    async def guarded(request: object, context: "_Context") -> AsyncIterator[object]:
+        try:
+            async for response in call(request, context):
+                yield response
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the process edge of every call
+            await _abort(context, error, method)
+
+    return guarded
+
+
+async def _abort(context: "_Context", error: Exception, method: str) -> None:
+    status = status_of(error)
+    if status is None:
+        logger.error("%s failed", method, exc_info=error)
+        await context.abort(grpc.StatusCode.INTERNAL, "Internal error; the service's log has the details.")
+    else:
+        metadata = ((RETRY_AFTER_METADATA_KEY, str(error.retry_after_ms)),) if isinstance(error, Overloaded) else ()
+        await context.abort(status, str(error), metadata)
+
+
+def domain_error(error: grpc.RpcError) -> PromoeError:
+    """What a failed call means to the caller; used by every client as `raise domain_error(e) from e`."""
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError), "a failed call carries its status"
+    retry_after_ms: int | None = None
+    for key, value in error.trailing_metadata() or ():
+        if key == RETRY_AFTER_METADATA_KEY:
+            retry_after_ms = int(value)
+    return error_of(error.code(), error.details() or "", retry_after_ms)
+
+
+class RpcServer:
+    """One aio gRPC server with health, reflection and the error table.
+
+    Args:
+        service_names: full names, for health and reflection.
+        max_concurrent_rpcs: further calls are refused by gRPC with RESOURCE_EXHAUSTED.
+
+    The owner registers its servicers on `server`, calls `listen`, then `start`, then `set_serving(True)` when it is
+    ready to be used.
+    """
+
+    def __init__(self, service_names: tuple[str, ...], max_concurrent_rpcs: int | None = None) -> None:
+        self.server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_concurrent_rpcs
+        )
+        self._service_names = service_names
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
+
+    def listen(self, endpoint: str) -> str:
+        """Binds `host:port` or `unix:path`; returns the endpoint with the port that was taken.
+
+        Raises:
+            RuntimeError: gRPC could not bind it.
+        """
+        port = self.server.add_insecure_port(endpoint)
+        if endpoint.startswith("unix:"):
+            return endpoint
+        return f"{endpoint.rpartition(':')[0]}:{port}"
+
+    async def start(self) -> None:
+        """Starts answering; health says NOT_SERVING until `set_serving`."""
+        await self.set_serving(False)
+        await self.server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """Sets the health of the process ("") and of its services."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self._service_names):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls, lets running ones finish for `grace_s`, then cancels them."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)

@@ -1,0 +1,41 @@
+"""Names and shapes of what is measured, and how a process logs; the same words in every process."""
+
+import logging
+import sys
+from typing import Final
+
+# Prometheus metric names, by the glossary. Counters get `_total` from the client library.
+HITS: Final = "promoe_expert_hits"
+MISSES: Final = "promoe_expert_misses"
+LOADED_BYTES: Final = "promoe_expert_loaded_bytes"
+STALL_SECONDS: Final = "promoe_stall_seconds"
+TTFT_SECONDS: Final = "promoe_ttft_seconds"
+ITL_SECONDS: Final = "promoe_itl_seconds"
+TPOT_SECONDS: Final = "promoe_tpot_seconds"
+QUEUE_SECONDS: Final = "promoe_queue_seconds"
+STEP_SECONDS: Final = "promoe_step_seconds"
+TOKENS: Final = "promoe_tokens"
+REQUESTS: Final = "promoe_requests"
+RUNNING_REQUESTS: Final = "promoe_running_requests"
+QUEUED_REQUESTS: Final = "promoe_queued_requests"
+RESIDENT_EXPERTS: Final = "promoe_resident_experts"
+LINK_BUSY_SECONDS: Final = "promoe_link_busy_seconds"
+STORE_ATTACHED: Final = "promoe_store_attached"
+ARENA_BYTES: Final = "promoe_arena_bytes"
+ARENA_FILLED_BYTES: Final = "promoe_arena_filled_bytes"
+FILL_SECONDS: Final = "promoe_fill_seconds"
+DAMAGED_BLOBS: Final = "promoe_damaged_blobs"
+LEASES: Final = "promoe_leases"
+
+LATENCY_BUCKETS_S: Final = (
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+
+
+def configure_logging(process: str, level: str) -> None:
+    """Logs lines of `time level process logger: message` to standard error. Never logs prompts or answers."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {process} %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())

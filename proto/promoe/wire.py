@@ -1,0 +1,61 @@
+"""Between the contract's own nouns and their protobuf messages."""
+
+from typing import Final
+
+from promoe.errors import ModelMismatch
+from promoe.ids import ExpertId
+from promoe.model_spec import Dtype, ModelSpec
+from promoe.v1 import model_pb2
+
+SCHEMA_VERSION: Final = "1.0"
+
+_DTYPE_TO_WIRE: Final = {
+    Dtype.FLOAT32: model_pb2.DTYPE_FLOAT32,
+    Dtype.FLOAT16: model_pb2.DTYPE_FLOAT16,
+    Dtype.BFLOAT16: model_pb2.DTYPE_BFLOAT16,
+}
+
+
+def encode_expert(expert: ExpertId) -> model_pb2.ExpertId:
+    """To the wire."""
+    return model_pb2.ExpertId(layer=expert.layer, expert=expert.expert)
+
+
+def decode_expert(message: model_pb2.ExpertId) -> ExpertId:
+    """From the wire."""
+    return ExpertId(message.layer, message.expert)
+
+
+def encode_spec(spec: ModelSpec) -> model_pb2.ModelSpec:
+    """To the wire."""
+    return model_pb2.ModelSpec(
+        name=spec.name,
+        family=spec.family,
+        fingerprint=spec.fingerprint,
+        dtype=_DTYPE_TO_WIRE[spec.layout.dtype],
+        num_moe_layers=spec.num_moe_layers,
+        num_experts=spec.num_experts,
+        experts_per_token=spec.experts_per_token,
+        expert_nbytes=spec.layout.blob_nbytes,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+        max_context_tokens=spec.max_context_tokens,
+    )
+
+
+def check_schema(peer: model_pb2.ServiceInfo, peer_name: str) -> None:
+    """Raises ModelMismatch when the peer speaks another major version of the schema."""
+    if peer.schema_version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise ModelMismatch(
+            f"{peer_name} speaks schema {peer.schema_version or 'unknown'} (promoe {peer.version or 'unknown'}); "
+            f"this process speaks {SCHEMA_VERSION}. Upgrade the older one."
+        )
+
+
+def check_fingerprint(ours: ModelSpec, theirs: model_pb2.ModelSpec, peer_name: str) -> None:
+    """Raises ModelMismatch, showing both sides, when the peer serves another model."""
+    if ours.fingerprint != theirs.fingerprint:
+        raise ModelMismatch(
+            f"This process was started for {ours.name} ({ours.family}, fingerprint {ours.fingerprint}), "
+            f"but {peer_name} has {theirs.name} ({theirs.family}, fingerprint {theirs.fingerprint})."
+        )
