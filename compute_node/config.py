@@ -1,0 +1,102 @@
+"""What a compute node can be asked for; defaults live here and nowhere else."""
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+
+class DeviceChoice(Enum):
+    """`auto` takes CUDA when it is there and says why not when it is not."""
+
+    AUTO = "auto"
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+class EngineChoice(Enum):
+    """`auto` tries one token on continuous batching and takes the interleaved engine if that fails."""
+
+    AUTO = "auto"
+    CONTINUOUS = "continuous"
+    INTERLEAVED = "interleaved"
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """The `[compute]` table.
+
+    Attributes:
+        pack: folder of the expert pack.
+        store_endpoint: gRPC endpoint of the expert store, `unix:PATH` or `host:port`.
+        listen: gRPC endpoint to serve on; port 0 takes a free one.
+        metrics_listen: `host:port` of the Prometheus page; empty for none.
+        device: `auto`, `cuda` or `cpu`.
+        engine: `auto`, `continuous` or `interleaved`.
+        cache_rate: device slots divided by all experts, in (0, 1]; None: as many as the memory budget allows.
+        expert_slots: device slots per MoE layer, instead of `cache_rate`.
+        memory_bytes: device memory for dense weights, slots and KV together; None: 90% of what is free.
+        max_context_tokens: longest prompt plus answer; None: the model's own limit, at most 8192.
+        max_concurrent_requests: requests that are in one batch.
+        max_queued_requests: accepted requests that wait; further ones are refused.
+        max_batch_tokens: tokens of one step, prefill included.
+        max_prompt_bytes: longest prompt text.
+        eviction: a row of the eviction table.
+        chunk_bytes: unit of one copy.
+        max_chunks_in_flight: copies under way at once.
+        link_bytes_per_s: throttles the CPU's link to play another one; None: not throttled.
+        serial: computes a layer only when all its experts have arrived (the oracle of the overlapped loop).
+        num_threads: torch's threads on the CPU; None: torch's own choice.
+        drain_deadline_s: how long SIGTERM waits for running requests.
+        request_deadline_s: longest life of one request, queueing included.
+    """
+
+    pack: Path
+    store_endpoint: str
+    listen: str = "127.0.0.1:50051"
+    metrics_listen: str = ""
+    device: DeviceChoice = DeviceChoice.AUTO
+    engine: EngineChoice = EngineChoice.AUTO
+    cache_rate: float | None = None
+    expert_slots: int | None = None
+    memory_bytes: int | None = None
+    max_context_tokens: int | None = None
+    max_concurrent_requests: int = 8
+    max_queued_requests: int = 64
+    max_batch_tokens: int = 512
+    max_prompt_bytes: int = 4 << 20
+    eviction: str = "lru"
+    chunk_bytes: int = 1 << 20
+    max_chunks_in_flight: int = 2
+    link_bytes_per_s: float | None = None
+    serial: bool = False
+    num_threads: int | None = None
+    drain_deadline_s: float = 30.0
+    request_deadline_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if self.cache_rate is not None and self.expert_slots is not None:
+            raise ValueError("compute.cache_rate and compute.expert_slots say the same thing; give one of them")
+        if self.cache_rate is not None and not 0 < self.cache_rate <= 1:
+            raise ValueError(f"compute.cache_rate is {self.cache_rate}; allowed: above 0, up to 1")
+        positive = {
+            "expert_slots": self.expert_slots,
+            "memory_bytes": self.memory_bytes,
+            "max_context_tokens": self.max_context_tokens,
+            "max_concurrent_requests": self.max_concurrent_requests,
+            "max_batch_tokens": self.max_batch_tokens,
+            "max_prompt_bytes": self.max_prompt_bytes,
+            "chunk_bytes": self.chunk_bytes,
+            "max_chunks_in_flight": self.max_chunks_in_flight,
+            "link_bytes_per_s": self.link_bytes_per_s,
+            "num_threads": self.num_threads,
+            "request_deadline_s": self.request_deadline_s,
+        }
+        for name, value in positive.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"compute.{name} is {value}; allowed: above 0")
+        for name, least in (
+            ("max_queued_requests", self.max_queued_requests),
+            ("drain_deadline_s", self.drain_deadline_s),
+        ):
+            if not least >= 0:
+                raise ValueError(f"compute.{name} is {least}; allowed: 0 or more")

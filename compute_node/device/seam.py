@@ -1,0 +1,94 @@
+"""The seam to an accelerator: memory for slots, copies into them, and how compute waits for a copy.
+
+Two implementations: `cpu.CpuDevice` (real memcpy, runs everywhere) and `cuda.CudaDevice`. Nothing outside this
+package names a stream, an event or a CUDA call.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class HostPinning(Protocol):
+    """Makes host memory that another process owns readable by the device's copy engine."""
+
+    def register(self, address: int, nbytes: int) -> None:
+        """Pins one page-aligned range; the caller keeps ranges to 64-256 MiB.
+
+        Raises:
+            Unavailable: the driver refused.
+        """
+
+    def unregister(self, address: int) -> None:
+        """Undoes `register` of the range that starts at `address`."""
+
+    def drain(self) -> None:
+        """Returns when no copy from registered memory is under way."""
+
+
+class CopyTicket(Protocol):
+    """One chunk's copy, under way or done."""
+
+    def is_done(self) -> bool:
+        """True when the bytes have arrived; never blocks."""
+
+    def wait_on_host(self) -> None:
+        """Blocks the calling thread until the bytes have arrived; never spins."""
+
+    def wait_on_compute(self) -> None:
+        """Makes compute that is issued from now on wait for the bytes; does not block the host where it can."""
+
+
+class Link(Protocol):
+    """Copies host memory into device slots; used by the transfer thread only."""
+
+    @property
+    def description(self) -> str:
+        """`memcpy`, `emulated`, `registered` or `bounce`."""
+
+    def copy(self, destination_B: torch.Tensor, source_address: int) -> CopyTicket:
+        """Starts copying `destination_B.numel()` bytes (uint8, contiguous, on the device) from host memory."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of device memory, as the device reports them."""
+
+    free_nbytes: int
+    total_nbytes: int
+
+
+class Device(Protocol):
+    """One compute device."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where modules and slots live."""
+
+    @property
+    def name(self) -> str:
+        """For people, for example the GPU's name."""
+
+    @property
+    def pinning(self) -> HostPinning:
+        """How the arena is made copyable."""
+
+    def memory(self) -> DeviceMemory:
+        """Free and total memory right now."""
+
+    def allocate_slots(self, num_slots: int, slot_nbytes: int) -> torch.Tensor:
+        """Uninitialised uint8 tensor of shape (num_slots, slot_nbytes).
+
+        Raises:
+            InsufficientMemory: the device cannot hold it.
+        """
+
+    def open_link(self) -> Link:
+        """The link of the transfer thread."""
+
+    def mark_compute(self) -> CopyTicket:
+        """A ticket that is done when all compute issued so far has finished (for releasing pins)."""
+
+    def synchronize(self) -> None:
+        """Blocks until all work on the device has finished."""
