@@ -52,17 +52,21 @@ class Settings:
         """Builds the section's frozen dataclass.
 
         Raises:
-            ValueError: an unknown key (the known ones are listed) or a value of the wrong type.
+            ValueError: an unknown key (the known ones are listed), a missing one, or a value of the wrong type.
         """
         assert name in SECTIONS, f"{name} is not a section"
         assert dataclasses.is_dataclass(config_type), "a section is a dataclass"
         hints = typing.get_type_hints(config_type)
-        known = {field.name for field in dataclasses.fields(config_type)}
+        fields = dataclasses.fields(config_type)
+        known = {field.name for field in fields}
         values: dict[str, object] = {}
         for key, value in self._tables.get(name, {}).items():
             if key not in known:
                 raise ValueError(f"{name}.{key} is not a setting; known in [{name}]: {', '.join(sorted(known))}")
             values[key] = _convert(f"{name}.{key}", value, hints[key])
+        for field in fields:
+            if field.name not in values and not _has_default(field):
+                raise ValueError(f"{name}.{field.name} is missing; it has no default")
         return config_type(**values)
 
     def _read(self, path: Path) -> None:
@@ -70,6 +74,8 @@ class Settings:
             document = tomllib.loads(path.read_text())
         except FileNotFoundError:
             raise ValueError(f"There is no configuration file {path}.") from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not TOML: {error}") from error
         for name, table in document.items():
@@ -84,7 +90,17 @@ class Settings:
         if not separator or not dot or not key:
             raise ValueError(f"{assignment!r} is not of the form section.key=value")
         _check_section(section)
-        self._tables.setdefault(section, {})[key] = _parse_value(text.strip())
+        self._tables.setdefault(section, {})[key] = _CommandLineText(text.strip())
+
+
+class _CommandLineText(str):
+    """A value of `--set`: TOML, or plain text where the setting wants text."""
+
+    __slots__ = ()
+
+
+def _has_default(field: "dataclasses.Field[object]") -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _check_section(name: str) -> None:
@@ -92,16 +108,23 @@ def _check_section(name: str) -> None:
         raise ValueError(f"[{name}] is not a section; known: {', '.join(SECTIONS)}")
 
 
-def _parse_value(text: str) -> object:
+def _parse_value(text: str, options: typing.Sequence[object]) -> object:
+    """What the text means; `1` and `true` stay text for a setting that takes text only."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        document = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        return text
+        return str(text)
+    value: object = document["value"]
+    is_quoted = isinstance(value, str)
+    wants_text_only = all(option in (str, Path, type(None)) for option in options)
+    return str(text) if len(document) > 1 or (wants_text_only and not is_quoted) else value
 
 
 def _convert(name: str, value: object, hint: object) -> object:
     """Checks `value` against the field's type; text becomes a Path or an Enum, an int a float, where asked."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, _CommandLineText):
+        value = _parse_value(value, options)
     for option in options:
         if option is type(None):
             continue

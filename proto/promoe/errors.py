@@ -95,8 +95,27 @@ def status_of(error: BaseException) -> grpc.StatusCode | None:
     return None
 
 
+_MAX_TEXT_NBYTES: Final = 2000
+"""gRPC replaces a status whose text does not fit its metadata (8 KiB, percent-encoded: up to 3 bytes for one)."""
+
+
+def wire_text(error: BaseException) -> str:
+    """The error's sentence as it travels: never empty, valid UTF-8, and short enough for gRPC's metadata."""
+    encoded = (str(error) or type(error).__name__).encode(errors="replace")
+    if len(encoded) <= _MAX_TEXT_NBYTES:
+        return encoded.decode()
+    return encoded[:_MAX_TEXT_NBYTES].decode(errors="ignore") + "…"
+
+
 def error_of(status: grpc.StatusCode, message: str, retry_after_ms: int | None = None) -> PromoeError:
-    """The domain error that a status stands for; statuses outside the table are an InternalError."""
+    """The domain error that a status stands for; statuses outside the table are an InternalError.
+
+    gRPC itself uses two statuses of the table with another meaning, which only its text tells.
+    """
+    if status is grpc.StatusCode.UNIMPLEMENTED and message.startswith("Method not found"):
+        return ModelMismatch("The peer does not serve this call; it is another service or another version of promoe.")
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in message:
+        return InvalidInput(f"The message is too large: {message}")
     for error_type, known_status in STATUS_OF_ERROR:
         if status is known_status:
             if error_type is Overloaded and retry_after_ms is not None:

@@ -65,7 +65,8 @@ class ExpertLayout:
 
     @classmethod
     def of(cls, dtype: Dtype, shapes: dict[str, tuple[int, ...]]) -> "ExpertLayout":
-        """Places tensors of these shapes one behind the other, each on a cache line."""
+        """Places tensors of these shapes (at least one) one behind the other, each on a cache line."""
+        assert shapes, "an expert has at least one tensor"
         tensors: list[TensorSlice] = []
         offset = 0
         for name, shape in shapes.items():

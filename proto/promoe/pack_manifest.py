@@ -9,9 +9,12 @@ A pack is a folder:
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
+
+import xxhash
 
 from promoe.errors import ModelNotFound, PackDamaged
 from promoe.ids import ExpertId
@@ -46,11 +49,15 @@ class PackManifest:
         return int(self.blob_checksums[expert.layer][expert.expert], 16)
 
     def write(self, pack_dir: Path) -> None:
-        """Writes the manifest atomically; call it last."""
+        """Writes the manifest atomically, with a checksum over itself; call it last."""
         document = {"pack_version": PACK_VERSION, **asdict(self)}
         document["spec"]["layout"]["dtype"] = self.spec.layout.dtype.value
+        document["manifest_checksum"] = _checksum(document)
         partial = pack_dir / f"{MANIFEST_FILE}.tmp"
-        partial.write_text(json.dumps(document, indent=1))
+        with partial.open("w") as file:
+            file.write(json.dumps(document, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(pack_dir / MANIFEST_FILE)
 
     @classmethod
@@ -68,6 +75,8 @@ class PackManifest:
                     f"{path} is of pack version {document['pack_version']}; this promoe reads {PACK_VERSION}. "
                     "Run `promoe pack` again."
                 )
+            if document.pop("manifest_checksum") != _checksum(document):
+                raise PackDamaged(f"{path} was changed after it was written. Run `promoe pack` again.")
             manifest = cls(
                 spec=_spec_of(document["spec"]),
                 blob_checksums=tuple(tuple(layer) for layer in document["blob_checksums"]),
@@ -75,7 +84,7 @@ class PackManifest:
                 dense_checksums=dict(document["dense_checksums"]),
                 packed_with=dict(document["packed_with"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
             raise PackDamaged(f"{path} cannot be read as a manifest ({error!r}). Run `promoe pack` again.") from error
         manifest._check_shape(path)
         return manifest
@@ -84,13 +93,20 @@ class PackManifest:
         spec = self.spec
         expected = [spec.num_experts] * spec.num_moe_layers
         found = [len(layer) for layer in self.blob_checksums]
-        if found != expected or len(self.layer_modules) != spec.num_moe_layers:
+        if found != expected:
             raise PackDamaged(f"{path} lists {found} checksums per layer where the model has {expected}.")
+        if len(self.layer_modules) != spec.num_moe_layers:
+            raise PackDamaged(f"{path} names {len(self.layer_modules)} of {spec.num_moe_layers} MoE layers' modules.")
 
 
 def layer_file(pack_dir: Path, layer: int) -> Path:
     """The file with the blobs of one MoE layer."""
     return pack_dir / "experts" / f"layer_{layer:05d}.bin"
+
+
+def _checksum(document: dict[str, object]) -> str:
+    """xxh3-64 of the document's meaning: spacing and the order of keys do not count."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(document, sort_keys=True).encode())
 
 
 def _spec_of(document: dict[str, object]) -> ModelSpec:

@@ -1,7 +1,11 @@
 """How promoe's processes serve and call gRPC: channel options, deadlines, errors, health and reflection."""
 
+import fcntl
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar, cast
 
 import grpc
@@ -9,7 +13,15 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from promoe.errors import RETRY_AFTER_METADATA_KEY, Overloaded, PromoeError, error_of, status_of
+from promoe.errors import (
+    RETRY_AFTER_METADATA_KEY,
+    AlreadyRunning,
+    Overloaded,
+    PromoeError,
+    error_of,
+    status_of,
+    wire_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +40,9 @@ GENERATE_DEADLINE_S: Final = 3600.0
 """A whole answer, queueing included, unless the caller says otherwise."""
 
 MAX_MESSAGE_NBYTES: Final = 32 << 20
+
+MAX_SOCKET_PATH_NBYTES: Final = 107
+"""Linux's limit for the path of a unix socket."""
 
 CHANNEL_OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES),
@@ -53,18 +68,21 @@ SERVER_OPTIONS: Final = (
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns domain errors into status codes by the table; anything else is a bug: logged, INTERNAL without details."""
+    """Turns domain errors into status codes by the table; anything else is a bug: logged, INTERNAL without details.
+
+    Streaming methods are async generators; gRPC's own services (health, reflection) are left alone.
+    """
 
     async def intercept_service(
         self,
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler[_Request, _Response]]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "_Handler[_Request, _Response]":
-        """Wraps the handler's behaviour; health and reflection raise no domain errors and pass through it too."""
+        """Wraps the handler's behaviour."""
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return handler
         method = handler_call_details.method
+        if handler is None or method.startswith("/grpc."):
+            return handler
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
                 _guard_unary(handler.unary_unary, method), handler.request_deserializer, handler.response_serializer
@@ -73,11 +91,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return grpc.unary_stream_rpc_method_handler(
                 _guard_stream(handler.unary_stream, method), handler.request_deserializer, handler.response_serializer
             )
-        if handler.stream_stream is not None and "reflection" not in method:
+        if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
                 _guard_stream(handler.stream_stream, method), handler.request_deserializer, handler.response_serializer
             )
-        return handler
+        assert handler.stream_unary is not None, "a handler has one of four shapes"
+        return grpc.stream_unary_rpc_method_handler(
+            _guard_unary(handler.stream_unary, method), handler.request_deserializer, handler.response_serializer
+        )
 
 
 def _guard_unary(behavior: object, method: str) -> Callable[..., object]:
@@ -96,12 +117,14 @@ def _guard_unary(behavior: object, method: str) -> Callable[..., object]:
 
 
 def _guard_stream(behavior: object, method: str) -> Callable[..., object]:
-    call = cast("Callable[[object, _Context], AsyncIterator[object]]", behavior)
+    call = cast("Callable[[object, _Context], AsyncGenerator[object]]", behavior)
 
     async def guarded(request: object, context: "_Context") -> AsyncIterator[object]:
         try:
-            async for response in call(request, context):
-                yield response
+            # Closed with the call, not when collected: a client that leaves frees what its stream holds at once.
+            async with aclosing(call(request, context)) as responses:
+                async for response in responses:
+                    yield response
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001 - the process edge of every call
@@ -117,7 +140,7 @@ async def _abort(context: "_Context", error: Exception, method: str) -> None:
         await context.abort(grpc.StatusCode.INTERNAL, "Internal error; the service's log has the details.")
     else:
         metadata = ((RETRY_AFTER_METADATA_KEY, str(error.retry_after_ms)),) if isinstance(error, Overloaded) else ()
-        await context.abort(status, str(error), metadata)
+        await context.abort(status, wire_text(error), metadata)
 
 
 def domain_error(error: grpc.RpcError) -> PromoeError:
@@ -146,6 +169,7 @@ class RpcServer:
             interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_concurrent_rpcs
         )
         self._service_names = service_names
+        self._lock_fds: list[int] = []
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
@@ -154,9 +178,15 @@ class RpcServer:
         """Binds `host:port` or `unix:path`; returns the endpoint with the port that was taken.
 
         Raises:
-            RuntimeError: gRPC could not bind it.
+            ValueError: the path of a unix socket is too long.
+            AlreadyRunning: another server holds the socket, or the address cannot be bound.
         """
-        port = self.server.add_insecure_port(endpoint)
+        if endpoint.startswith("unix:"):
+            self._lock_fds.append(_lock_socket(endpoint))
+        try:
+            port = self.server.add_insecure_port(endpoint)
+        except RuntimeError as error:
+            raise AlreadyRunning(f"Cannot listen on {endpoint}; another process may hold it ({error}).") from error
         if endpoint.startswith("unix:"):
             return endpoint
         return f"{endpoint.rpartition(':')[0]}:{port}"
@@ -176,3 +206,28 @@ class RpcServer:
         """Refuses new calls, lets running ones finish for `grace_s`, then cancels them."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
+        while self._lock_fds:
+            os.close(self._lock_fds.pop())
+
+
+def _lock_socket(endpoint: str) -> int:
+    """Claims a unix socket's path for this process; gRPC alone would silently take it over from a living server.
+
+    The lock is a file beside the socket, which stays when it is released: removing it would race with the next owner.
+
+    Returns:
+        The descriptor that holds the lock until it is closed, by us or by the process's end.
+    """
+    path = Path(endpoint.removeprefix("unix:").removeprefix("//"))
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_NBYTES:
+        raise ValueError(f"The path of the unix socket {path} is longer than {MAX_SOCKET_PATH_NBYTES} bytes.")
+    try:
+        fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ValueError(f"Cannot make a unix socket at {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise AlreadyRunning(f"Another process serves {endpoint}.") from None
+    return fd
