@@ -47,8 +47,11 @@ class Link(Protocol):
     def description(self) -> str:
         """`memcpy`, `emulated`, `registered` or `bounce`."""
 
-    def copy(self, destination_B: torch.Tensor, source_address: int) -> CopyTicket:
-        """Starts copying `destination_B.numel()` bytes (uint8, contiguous, on the device) from host memory."""
+    def order_after(self, compute: "CopyTicket") -> None:
+        """Copies started from now on begin after this mark of compute, which may still read what they overwrite."""
+
+    def copy(self, destination_address: int, source_address: int, nbytes: int) -> CopyTicket:
+        """Starts copying `nbytes` from host memory to device memory."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class Device(Protocol):
     @property
     def torch_device(self) -> torch.device:
         """Where modules and slots live."""
+
+    @property
+    def kind(self) -> str:
+        """`cuda` or `cpu`."""
 
     @property
     def name(self) -> str:
@@ -89,6 +96,9 @@ class Device(Protocol):
 
     def mark_compute(self) -> CopyTicket:
         """A ticket that is done when all compute issued so far has finished (for releasing pins)."""
+
+    def take_compute_stall_s(self) -> float:
+        """Seconds that compute itself waited for copies since the last call (0 where the host does the waiting)."""
 
     def synchronize(self) -> None:
         """Blocks until all work on the device has finished."""

@@ -1,0 +1,224 @@
+"""One CUDA GPU: registered arena, a copy stream, events; the host never spins.
+
+The arena is registered with the driver API (`cuMemHostRegister`), whose errors, unlike the runtime's, do not stick
+to the thread. Where the driver refuses, copies go through a small pinned bounce ring.
+Sources: CUDA driver API, memory management; torch.cuda streams and events.
+"""
+
+import ctypes
+import logging
+from collections import deque
+from importlib import import_module
+from types import ModuleType
+from typing import Final, cast
+
+import torch
+
+from compute_node.device.seam import CopyTicket, DeviceMemory
+from promoe.errors import InsufficientMemory, Unavailable
+
+logger = logging.getLogger(__name__)
+
+REGISTER_PORTABLE_AND_MAPPED: Final = 3
+"""CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP."""
+
+BOUNCE_BUFFERS: Final = 4
+BOUNCE_NBYTES: Final = 8 << 20
+
+
+class StallMeter:
+    """Adds up how long the compute stream itself waited for copies, from pairs of timing events."""
+
+    def __init__(self) -> None:
+        self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def wait_measured(self, event: torch.cuda.Event) -> None:
+        """Makes the current stream wait for `event` and remembers how long that took."""
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        stream = torch.cuda.current_stream()
+        before.record(stream)
+        stream.wait_event(event)
+        after.record(stream)
+        self._open.append((before, after))
+
+    def take_s(self) -> float:
+        """Seconds of the waits that are over and were not taken yet; never blocks."""
+        total_ms = 0.0
+        while self._open and self._open[0][1].query():
+            before, after = self._open.popleft()
+            total_ms += before.elapsed_time(after)
+        return total_ms / 1e3
+
+
+class EventTicket:
+    """What a recorded event stands for."""
+
+    def __init__(self, event: torch.cuda.Event, stalls: StallMeter) -> None:
+        self.event = event
+        self._stalls = stalls
+
+    def is_done(self) -> bool:
+        """True once the stream has passed the event."""
+        return bool(self.event.query())
+
+    def wait_on_host(self) -> None:
+        """Sleeps (the event is a blocking one) until the stream has passed the event."""
+        self.event.synchronize()
+
+    def wait_on_compute(self) -> None:
+        """Orders the current stream behind the event; costs nothing when it has passed."""
+        if not self.event.query():
+            self._stalls.wait_measured(self.event)
+
+
+class CudaPinning:
+    """Registers the arena's chunks in this process; each compute node does so for itself."""
+
+    def __init__(self, device_index: int) -> None:
+        self._driver: ModuleType = import_module("cuda.bindings.driver")
+        self._device_index = device_index
+        self.registered: dict[int, int] = {}
+        self.refused = False
+
+    def register(self, address: int, nbytes: int) -> None:
+        """Pins one chunk, or remembers that the driver refuses (copies then use the bounce ring)."""
+        if self.refused:
+            return
+        # torch owns the primary context; any allocation makes it current in this thread.
+        torch.cuda.set_device(self._device_index)
+        torch.empty(1, device=torch.device("cuda", self._device_index))
+        (error,) = self._driver.cuMemHostRegister(address, nbytes, REGISTER_PORTABLE_AND_MAPPED)
+        if int(error) != 0:
+            logger.warning(
+                "The driver refuses to register %d bytes of the arena (%s); copies go through a pinned ring at about "
+                "half the link's rate.",
+                nbytes,
+                error,
+            )
+            self.refused = True
+            for registered_address in tuple(self.registered):
+                self.unregister(registered_address)
+            return
+        self.registered[address] = nbytes
+
+    def unregister(self, address: int) -> None:
+        """Undoes `register`; ranges that were never registered are none of the driver's business."""
+        if self.registered.pop(address, None) is None:
+            return
+        (error,) = self._driver.cuMemHostUnregister(address)
+        if int(error) != 0:
+            raise Unavailable(f"The driver did not give the arena back: {error}.")
+
+    def drain(self) -> None:
+        """No copy is under way after this."""
+        torch.cuda.synchronize(self._device_index)
+
+
+class CudaLink:
+    """Host to device on one copy stream; used by the transfer thread only."""
+
+    def __init__(self, device_index: int, pinning: CudaPinning, stalls: StallMeter) -> None:
+        torch.cuda.set_device(device_index)
+        self._runtime: ModuleType = import_module("cuda.bindings.runtime")
+        self._stream = torch.cuda.Stream(device_index)
+        self._stalls = stalls
+        self._pinning = pinning
+        self._bounce: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+
+    @property
+    def description(self) -> str:
+        """`registered`, or `bounce` when the driver refused the arena."""
+        return "bounce" if self._pinning.refused else "registered"
+
+    def order_after(self, compute: CopyTicket) -> None:
+        """The copy stream waits for the mark; the host does not."""
+        self._stream.wait_event(cast(EventTicket, compute).event)
+
+    def copy(self, destination_address: int, source_address: int, nbytes: int) -> CopyTicket:
+        """Queues the copy and an event behind it."""
+        if self._pinning.refused:
+            return self._copy_through_ring(destination_address, source_address, nbytes)
+        return EventTicket(self._start(destination_address, source_address, nbytes), self._stalls)
+
+    def _start(self, destination_address: int, source_address: int, nbytes: int) -> torch.cuda.Event:
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        (error,) = self._runtime.cudaMemcpyAsync(
+            destination_address, source_address, nbytes, kind, self._stream.cuda_stream
+        )
+        if int(error) != 0:
+            raise Unavailable(f"Copying an expert to the GPU failed: {error}.")
+        # A blocking event: a host thread that waits for it sleeps.
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+        return event
+
+    def _copy_through_ring(self, destination_address: int, source_address: int, nbytes: int) -> CopyTicket:
+        done_nbytes = 0
+        event: torch.cuda.Event | None = None
+        while done_nbytes < nbytes:
+            part_nbytes = min(BOUNCE_NBYTES, nbytes - done_nbytes)
+            buffer_B = self._free_bounce_buffer()
+            ctypes.memmove(buffer_B.data_ptr(), source_address + done_nbytes, part_nbytes)
+            event = self._start(destination_address + done_nbytes, buffer_B.data_ptr(), part_nbytes)
+            self._bounce.append((buffer_B, event))
+            done_nbytes += part_nbytes
+        assert event is not None, "a copy has at least one byte"
+        return EventTicket(event, self._stalls)
+
+    def _free_bounce_buffer(self) -> torch.Tensor:
+        if len(self._bounce) < BOUNCE_BUFFERS:
+            return torch.empty(BOUNCE_NBYTES, dtype=torch.uint8, pin_memory=True)
+        buffer_B, event = self._bounce.popleft()
+        event.synchronize()
+        return buffer_B
+
+
+class CudaDevice:
+    """One GPU. Raises Unavailable when it cannot be used."""
+
+    kind: Final = "cuda"
+
+    def __init__(self, device_index: int = 0) -> None:
+        if not torch.cuda.is_available():
+            raise Unavailable("No CUDA device can be used: torch.cuda.is_available() is false. Use --device cpu.")
+        torch.cuda.set_device(device_index)
+        self._device_index = device_index
+        self._stalls = StallMeter()
+        self.torch_device = torch.device("cuda", device_index)
+        self.name = torch.cuda.get_device_name(device_index)
+        self.pinning = CudaPinning(device_index)
+
+    def memory(self) -> DeviceMemory:
+        """As the driver reports it, plus what torch's allocator holds unused."""
+        free_nbytes, total_nbytes = torch.cuda.mem_get_info(self._device_index)
+        unused = torch.cuda.memory_reserved(self._device_index) - torch.cuda.memory_allocated(self._device_index)
+        return DeviceMemory(free_nbytes + unused, total_nbytes)
+
+    def allocate_slots(self, num_slots: int, slot_nbytes: int) -> torch.Tensor:
+        """See `Device.allocate_slots`."""
+        try:
+            return torch.empty(num_slots, slot_nbytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.cuda.OutOfMemoryError:
+            free_nbytes = self.memory().free_nbytes
+            raise InsufficientMemory(
+                f"{num_slots} expert slots of {slot_nbytes} bytes need {num_slots * slot_nbytes} bytes, but only "
+                f"{free_nbytes} bytes of GPU memory are free. Lower --cache-rate or --expert-slots."
+            ) from None
+
+    def open_link(self) -> CudaLink:
+        """A link with a copy stream of its own."""
+        return CudaLink(self._device_index, self.pinning, self._stalls)
+
+    def mark_compute(self) -> CopyTicket:
+        """An event on the stream that computes."""
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream())
+        return EventTicket(event, self._stalls)
+
+    def take_compute_stall_s(self) -> float:
+        """From timing events; waits still open are taken next time."""
+        return self._stalls.take_s()
+
+    def synchronize(self) -> None:
+        """Waits for every stream of the device."""
+        torch.cuda.synchronize(self._device_index)

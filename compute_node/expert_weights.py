@@ -1,0 +1,50 @@
+"""One slot seen as the parameters of one expert."""
+
+from typing import Final
+
+import torch
+
+from promoe.model_spec import Dtype, ExpertLayout
+
+TORCH_DTYPES: Final = {
+    Dtype.FLOAT32: torch.float32,
+    Dtype.FLOAT16: torch.float16,
+    Dtype.BFLOAT16: torch.bfloat16,
+}
+
+
+class ExpertWeights:
+    """Typed views into one blob, named as in the Transformers experts module without its experts dimension.
+
+    Shapes, with D hidden and F expert hidden: `up` is (2F, D) gated or (F, D), `down` is (D, F); transposed modules
+    have them the other way round. Biases are (2F,) or (F,) and (D,), or None.
+    """
+
+    __slots__ = ("down", "down_bias", "up", "up_bias")
+
+    def __init__(self, blob_B: torch.Tensor, layout: ExpertLayout) -> None:
+        dtype = TORCH_DTYPES[layout.dtype]
+        tensors = {
+            part.name: blob_B[part.offset : part.offset + part.nbytes].view(dtype).view(part.shape)
+            for part in layout.tensors
+        }
+        self.up = tensors["gate_up_proj"] if "gate_up_proj" in tensors else tensors["up_proj"]
+        self.up_bias = tensors.get("gate_up_proj_bias", tensors.get("up_proj_bias"))
+        self.down = tensors["down_proj"]
+        self.down_bias = tensors.get("down_proj_bias")
+
+
+SUPPORTED_TENSORS: Final = frozenset(
+    {"gate_up_proj", "up_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj", "down_proj_bias"}
+)
+
+
+def check_layout(layout: ExpertLayout) -> None:
+    """Raises ValueError when an expert has parameters that the experts function would ignore, or lacks one it needs."""
+    names = {part.name for part in layout.tensors}
+    unknown = names - SUPPORTED_TENSORS
+    if unknown or "down_proj" not in names or not names & {"gate_up_proj", "up_proj"}:
+        raise ValueError(
+            f"An expert of this pack has the parameters {', '.join(sorted(names))}; the experts function computes with "
+            f"{', '.join(sorted(SUPPORTED_TENSORS))}."
+        )

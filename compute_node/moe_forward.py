@@ -1,0 +1,143 @@
+"""The experts function: Transformers' MoE layers call it in place of their own.
+
+Shapes: T tokens, K experts per token, D hidden, F expert hidden. Exactness: every expert computes alone on its own
+rows, always the same rows in the same order, and outputs are reduced in fixed k order over [T, K, D]; so the order in
+which experts arrive cannot change a bit.
+Source of the module's interface: transformers.integrations.moe (`use_experts_implementation`).
+"""
+
+from dataclasses import dataclass
+from typing import Final, Protocol, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from compute_node.cache_stats import StepRecorder
+from compute_node.expert_cache import ExpertCache
+from compute_node.expert_weights import ExpertWeights
+
+EXPERTS_IMPLEMENTATION: Final = "promoe"
+
+
+class ExpertsModule(Protocol):
+    """What Transformers' experts modules say about themselves."""
+
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+
+    def _apply_gate(self, gate_up_out: torch.Tensor) -> torch.Tensor: ...
+
+    def act_fn(self, up_out: torch.Tensor) -> torch.Tensor:
+        """The activation of experts without a gate."""
+
+    def post_expert_norm(self, down_out: torch.Tensor) -> torch.Tensor:
+        """The norm behind every expert, where there is one."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One layer's routing of one step, on the host and on the device.
+
+    Attributes:
+        ids_TK: on the host.
+        experts: the distinct experts, ascending.
+        bounds: rows of expert i in the sorted order are `bounds[i]:bounds[i + 1]`.
+        order_N: on the device: the (token, k) rows, N = T * K, sorted by expert, stable.
+    """
+
+    ids_TK: np.ndarray
+    experts: list[int]
+    bounds: list[int]
+    order_N: torch.Tensor
+
+    @classmethod
+    def of(cls, topk_ids_TK: torch.Tensor) -> "Routing":
+        """Sorts rows by expert. The copy to the host is the layer's only synchronisation."""
+        order_N = topk_ids_TK.reshape(-1).argsort(stable=True)
+        ids_TK: np.ndarray = topk_ids_TK.cpu().numpy()
+        experts, counts = np.unique(ids_TK, return_counts=True)
+        bounds = [0, *np.cumsum(counts).tolist()]
+        return cls(ids_TK, experts.tolist(), bounds, order_N)
+
+
+class MoeForward:
+    """Computes one MoE layer out of the expert cache.
+
+    Args:
+        layer: MoE layer.
+        weights: by slot index.
+        expert_cache: hands out slots in order of arrival.
+        recorder: told what every layer asked of the cache.
+    """
+
+    def __init__(
+        self, layer: int, weights: list[ExpertWeights], expert_cache: ExpertCache, recorder: StepRecorder
+    ) -> None:
+        self.layer = layer
+        self._weights = weights
+        self._expert_cache = expert_cache
+        self._recorder = recorder
+
+    def __call__(
+        self,
+        module: ExpertsModule,
+        hidden_TD: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """The routed experts' weighted sum, (T, D) in `hidden_TD`'s dtype."""
+        num_tokens, experts_per_token = topk_ids_TK.shape
+        routing = Routing.of(topk_ids_TK)
+        sorted_hidden_ND = hidden_TD[routing.order_N // experts_per_token]
+        outputs: list[torch.Tensor] = [hidden_TD] * len(routing.experts)
+        row_of = {expert: row for row, expert in enumerate(routing.experts)}
+        with self._expert_cache.acquire(self.layer, routing.experts) as acquisition:
+            for expert, slot_index in self._expert_cache.arrivals(acquisition):
+                row = row_of[expert]
+                rows_ND = sorted_hidden_ND[routing.bounds[row] : routing.bounds[row + 1]]
+                outputs[row] = compute_expert(module, rows_ND, self._weights[slot_index])
+        self._recorder.record_layer(acquisition, routing.ids_TK)
+        output_ND = torch.empty_like(outputs[0], memory_format=torch.contiguous_format).resize_(
+            num_tokens * experts_per_token, hidden_TD.shape[1]
+        )
+        output_ND[routing.order_N] = torch.cat(outputs)
+        weighted_TKD = output_ND.view(num_tokens, experts_per_token, -1) * topk_weights_TK.unsqueeze(-1)
+        return weighted_TKD.sum(dim=1).to(hidden_TD.dtype)
+
+
+def compute_expert(module: ExpertsModule, rows_ND: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+    """One expert on its rows: (N, D) -> (N, D), before the routing weight."""
+    up_NF = _project(rows_ND, weights.up, weights.up_bias, module.is_transposed)
+    inner_NF = module._apply_gate(up_NF) if module.has_gate else module.act_fn(up_NF)
+    out_ND = _project(inner_NF, weights.down, weights.down_bias, module.is_transposed)
+    return module.post_expert_norm(out_ND) if module.has_post_expert_norm else out_ND
+
+
+def _project(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool) -> torch.Tensor:
+    if not is_transposed:
+        return nn.functional.linear(rows, weight, bias)
+    out = rows @ weight
+    return out if bias is None else out + bias
+
+
+def experts_function(
+    module: nn.Module, hidden_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """What Transformers dispatches to; the layer's MoeForward hangs on the module (`install`)."""
+    forward = cast(MoeForward, module.promoe_forward)
+    return forward(cast(ExpertsModule, module), hidden_TD, topk_ids_TK, topk_weights_TK)
+
+
+def register_experts_function() -> None:
+    """Makes `experts_implementation="promoe"` known to Transformers; idempotent."""
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_function)
+
+
+def install(module: nn.Module, forward: MoeForward) -> None:
+    """Gives an experts module the layer that computes for it."""
+    # Not a submodule: it owns no parameters, and Transformers must not walk into it.
+    object.__setattr__(module, "promoe_forward", forward)
