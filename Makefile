@@ -1,0 +1,68 @@
+# Local name = CI step. Every target sets up what it needs from nothing but a Python >= 3.11 on PATH.
+
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
+	"$$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; \
+	done)
+endif
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+SOURCES := $(wildcard proto/promoe compute_node expert_store predictor_service deploy tests)
+PROTOS := $(wildcard proto/promoe/v1/*.proto)
+GENERATED := .cache/generated
+BENCHES := bench-overhead bench-sweep bench-pack bench-store
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench $(BENCHES) proto clean
+
+help: ## Lists the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
+
+setup: $(READY) ## Installs the locked environment into .venv (instant when nothing changed).
+
+# torch comes first and by its exact version: a looser requirement of another package would fetch another build of it.
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "There is no Python >= 3.11 with the venv module on PATH; set PYTHON=/path/to/python." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$$(grep '^torch==' requirements.lock)"
+	$(PIP) install -r requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY) ## Builds the demo model once and answers two prompts through the whole stack.
+	$(BIN)/promoe demo
+
+test: $(READY) ## Runs every test that this machine can run.
+	$(BIN)/python -m pytest
+
+check: $(READY) ## Format, lint, types, schema, fresh stubs, architecture.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict $(SOURCES)
+	$(BIN)/buf lint
+	rm -rf $(GENERATED) && mkdir -p $(GENERATED)
+	$(call generate,$(GENERATED))
+	@for file in $$(cd $(GENERATED) && find . -type f); do \
+		diff -u "proto/$$file" "$(GENERATED)/$$file" || { echo "Stubs are stale: run make proto." >&2; exit 1; }; done
+	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_packaging.py
+
+bench: $(BENCHES) ## Runs all benchmarks, one after the other; each also has its own target bench-NAME.
+
+$(BENCHES): bench-%: $(READY)
+	$(BIN)/python -m tests.bench.bench_$*
+
+proto: $(READY) ## Generates the gRPC stubs from proto/promoe/v1/*.proto.
+	$(call generate,proto)
+
+# mypy-protobuf's plug-ins are found on PATH.
+define generate
+PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=$(1) \
+	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
+endef
+
+clean: ## Removes the environment, caches and everything else that git ignores here.
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
