@@ -72,6 +72,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_STOP_STRING: _FinishReason.ValueType  # 2
     FINISH_REASON_STOP_TOKEN: _FinishReason.ValueType  # 3
     FINISH_REASON_MAX_TOKENS: _FinishReason.ValueType  # 4
+    FINISH_REASON_CONTEXT_FULL: _FinishReason.ValueType  # 5
+    """The context is full, although `max_tokens` would have allowed more."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
@@ -81,6 +83,8 @@ FINISH_REASON_END_OF_SEQUENCE: FinishReason.ValueType  # 1
 FINISH_REASON_STOP_STRING: FinishReason.ValueType  # 2
 FINISH_REASON_STOP_TOKEN: FinishReason.ValueType  # 3
 FINISH_REASON_MAX_TOKENS: FinishReason.ValueType  # 4
+FINISH_REASON_CONTEXT_FULL: FinishReason.ValueType  # 5
+"""The context is full, although `max_tokens` would have allowed more."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -399,7 +403,7 @@ class SamplingParams(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Tokens to generate at most; default: what the context still holds, at most 512."""
+    """Tokens to generate at most; default: 512. Generation also ends when the context is full."""
     temperature: _builtins.float
     """0 is greedy (the default); otherwise up to 5."""
     top_k: _builtins.int
@@ -533,7 +537,9 @@ class TextDelta(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Text that became certain with these tokens; may be empty while a character is incomplete."""
+    """Text that became certain with these tokens; may be empty while a character is incomplete or while it may still
+    turn out to begin a stop string. The last delta may have text that was held back and no tokens.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -568,10 +574,13 @@ class Usage(_message.Message):
     DECODE_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     output_tokens: _builtins.int
+    """Tokens that were generated, the one that ended the answer included."""
     ttft_s: _builtins.float
+    """Arrival of the call to its first token, tokenizing and queueing included."""
     tpot_s: _builtins.float
     """(end-to-end - TTFT) / (output tokens - 1); absent with fewer than two tokens."""
     queue_s: _builtins.float
+    """Arrival of the call to its first step."""
     @_builtins.property
     def prefill(self) -> Global___ExpertUse: ...
     @_builtins.property
