@@ -5,7 +5,9 @@ A pack is a folder:
     manifest.json            this file; written last, so a pack without it is half a pack
     experts/layer_00000.bin  one file per MoE layer: the layer's blobs, each at a multiple of the blob stride
     dense/                   everything but the experts: a Transformers checkpoint with config and tokenizer
-    routers.safetensors      the routers' weights by layer, `layers.<layer>.<parameter>`
+    routers.safetensors      the routers' tensors by MoE layer, `layers.<layer>.<name in the MoE block>`
+    .lock                    held by a packer at work; empty
+    .packing/                what an unfinished packing has finished; gone when the manifest is there
 """
 
 import json
@@ -36,6 +38,7 @@ class PackManifest:
         layer_modules: per MoE layer the name of its experts module in the Transformers model.
         dense_checksums: xxh3-64 of each file of the pack outside `experts/`, by path relative to the pack.
         packed_with: versions of what made it, for people.
+        source_fingerprint: names the checkpoint's files and the dtype it was packed in; empty if it had none.
     """
 
     spec: ModelSpec
@@ -43,6 +46,7 @@ class PackManifest:
     layer_modules: tuple[str, ...]
     dense_checksums: dict[str, str]
     packed_with: dict[str, str]
+    source_fingerprint: str = ""
 
     def checksum_of(self, expert: ExpertId) -> int:
         """xxh3-64 of the expert's blob."""
@@ -83,11 +87,27 @@ class PackManifest:
                 layer_modules=tuple(document["layer_modules"]),
                 dense_checksums=dict(document["dense_checksums"]),
                 packed_with=dict(document["packed_with"]),
+                source_fingerprint=str(document["source_fingerprint"]),
             )
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
             raise PackDamaged(f"{path} cannot be read as a manifest ({error!r}). Run `promoe pack` again.") from error
         manifest._check_shape(path)
         return manifest
+
+    def check_files(self, pack_dir: Path) -> None:
+        """Looks at names and lengths only; raises PackDamaged naming the first file that is missing or cut off."""
+        expected = self.spec.num_experts * self.spec.layout.blob_stride_nbytes
+        for layer in range(self.spec.num_moe_layers):
+            path = layer_file(pack_dir, layer)
+            found = path.stat().st_size if path.is_file() else None
+            if found != expected:
+                state = "is missing" if found is None else f"has {found} bytes instead of {expected}"
+                raise PackDamaged(f"{path} {state}. Run `promoe pack` again with the same model and folder.")
+        for name in self.dense_checksums:
+            if not (pack_dir / name).is_file():
+                raise PackDamaged(
+                    f"{pack_dir / name} is missing. Run `promoe pack` again with the same model and folder."
+                )
 
     def _check_shape(self, path: Path) -> None:
         spec = self.spec

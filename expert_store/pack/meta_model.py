@@ -1,0 +1,331 @@
+"""The model without its weights, and Transformers' own conversion of checkpoint tensors into it.
+
+The one module that touches Transformers' internals: which modules are experts, which checkpoint tensors become which
+parameter, and the conversion itself. Names and calls are those of transformers 5.17 to 5.23.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import initialization as model_initialization
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from expert_store.pack.checkpoint import DTYPE_OF_SAFETENSORS, Checkpoint, TensorOnDisk
+from promoe.errors import ModelUnsupported, PackDamaged
+from promoe.model_spec import Dtype, ExpertLayout
+
+_EXPERTS_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+"""What `use_experts_implementation` leaves on an experts module (transformers/integrations/moe.py)."""
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """One MoE layer's experts: the module's name and each parameter's shape without the experts dimension."""
+
+    name: str
+    num_experts: int
+    shapes: dict[str, tuple[int, ...]]
+
+    def target(self, parameter: str) -> str:
+        """The parameter's name in the model's state dict."""
+        return f"{self.name}.{parameter}"
+
+
+@dataclass(frozen=True)
+class ConversionUnit:
+    """Checkpoint tensors that become model tensors together, and the names of both."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What becomes what.
+
+    Attributes:
+        layers: per MoE layer the units that make its experts, in the order of the module's parameters.
+        dense: the units that make everything else.
+        ignored: checkpoint tensors the model has no place for (as Transformers ignores them).
+    """
+
+    layers: tuple[tuple[ConversionUnit, ...], ...]
+    dense: tuple[ConversionUnit, ...]
+    ignored: tuple[str, ...]
+
+
+@dataclass
+class _Unit:
+    sources: list[str] = field(default_factory=list)
+    targets: dict[str, None] = field(default_factory=dict)
+
+
+class MetaModel:
+    """A causal language model on the meta device that converts its checkpoint's tensors unit by unit.
+
+    Not thread-safe: conversion goes through the model's modules.
+    """
+
+    def __init__(self, config: PretrainedConfig, dtype: Dtype) -> None:
+        """Builds the model.
+
+        Args:
+            config: as `load_config` returns it.
+            dtype: what the model computes in; parameters that Transformers keeps in float32 stay so.
+
+        Raises:
+            ModelUnsupported: Transformers cannot build a model from this config.
+        """
+        torch_dtype = getattr(torch, dtype.value)
+        try:
+            with torch.device("meta"), model_initialization.meta_device_safe_creation_ops():
+                self._model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+        except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+            raise ModelUnsupported(f"Transformers cannot build this model from its config: {error}") from error
+        self._state: dict[str, torch.Tensor] = self._model.state_dict()
+        self._mapping = [
+            entry
+            for entry in get_model_conversion_mapping(self._model)
+            if isinstance(entry, WeightConverter | WeightRenaming)
+        ]
+        self._load_config = LoadStateDictConfig(
+            dtype=torch_dtype, dtype_plan=self._model._get_dtype_plan(torch_dtype), weight_mapping=self._mapping
+        )
+        self.dtype = dtype
+        self.experts = tuple(_experts_modules(self._model))
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The config that the model was built from (the text part of a composite one)."""
+        return self._model.config
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of all parameters and persistent buffers."""
+        return tuple(self._state)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Parameters that are another one under a second name: the second name, then the first."""
+        return dict(self._model.all_tied_weights_keys)
+
+    def state_nbytes(self, name: str) -> int:
+        """Bytes of one parameter or buffer."""
+        return self._state[name].nbytes
+
+    def module(self, name: str) -> torch.nn.Module:
+        """A submodule, on meta."""
+        return self._model.get_submodule(name)
+
+    def save_config(self, folder: Path) -> None:
+        """Writes config.json so that `AutoModelForCausalLM` builds this very model from it."""
+        self._model.config.architectures = [type(self._model).__name__]
+        self._model.config.save_pretrained(folder)
+
+    def layout(self) -> ExpertLayout:
+        """The layout of one blob.
+
+        Raises:
+            ModelUnsupported: the experts differ from layer to layer.
+        """
+        first = self.experts[0]
+        for module in self.experts[1:]:
+            if (module.num_experts, module.shapes) != (first.num_experts, first.shapes):
+                raise ModelUnsupported(
+                    f"The experts of {module.name} ({module.num_experts} of {module.shapes}) differ from those of "
+                    f"{first.name} ({first.num_experts} of {first.shapes}); promoe needs all experts alike."
+                )
+        return ExpertLayout.of(self.dtype, first.shapes)
+
+    def plan(self, keys: Iterable[str]) -> ConversionPlan:
+        """Which checkpoint tensors make which model tensors, by Transformers' own renaming.
+
+        Raises:
+            PackDamaged: the checkpoint lacks tensors of the model.
+            ModelUnsupported: it holds experts the model has no place for, or ones that cannot be told apart.
+        """
+        units, unexpected = self._units(keys)
+        self._refuse_unexpected_experts(unexpected)
+        self._refuse_missing(units)
+        layer_of = {module.target(p): n for n, module in enumerate(self.experts) for p in module.shapes}
+        order = {target: position for position, target in enumerate(layer_of)}
+        layers: list[list[ConversionUnit]] = [[] for _ in self.experts]
+        dense: list[ConversionUnit] = []
+        for unit in units:
+            owners = {layer_of.get(target) for target in unit.targets}
+            if owners == {None}:
+                dense.append(unit)
+                continue
+            layer = owners.pop()
+            if owners or layer is None:
+                raise ModelUnsupported(
+                    f"The checkpoint stores {unit.targets[0]} together with tensors outside of its layer's experts; "
+                    "promoe cannot pack such a checkpoint a layer at a time."
+                )
+            layers[layer].append(unit)
+        in_order = (_in_order(layer_units, order) for layer_units in layers)
+        return ConversionPlan(tuple(in_order), tuple(dense), tuple(unexpected))
+
+    def convert(self, units: Iterable[ConversionUnit], tensors: Mapping[str, TensorOnDisk]) -> dict[str, torch.Tensor]:
+        """The model tensors that these units make, on the CPU.
+
+        Tensors that need no conversion stay views of the checkpoint's files.
+
+        Raises:
+            PackDamaged: the checkpoint's tensors do not fit together or have other shapes than the config says.
+        """
+        units = tuple(units)
+        sources = {key: tensors[key] for unit in units for key in unit.sources}
+        try:
+            info, _ = convert_and_load_state_dict_in_model(self._model, sources, self._load_config, None)
+            if info.conversion_errors:
+                name, text = next(iter(info.conversion_errors.items()))
+                raise PackDamaged(
+                    f"The checkpoint's tensors for {name} do not fit together: {text.strip().splitlines()[-2:]}. "
+                    "It is damaged or does not belong to its config.json."
+                )
+            for name, found, expected in sorted(info.mismatched_keys):
+                raise PackDamaged(
+                    f"The checkpoint's {name} has shape {tuple(found)} where its config asks for {tuple(expected)}. "
+                    "It is damaged or does not belong to its config.json."
+                )
+            return {target: self._take(target) for unit in units for target in unit.targets}
+        finally:
+            for unit in units:
+                for target in unit.targets:
+                    self._forget(target)
+
+    def _take(self, target: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._model.get_parameter_or_buffer(target).detach()
+        if tensor.device.type == "meta":
+            raise PackDamaged(f"The checkpoint's tensors do not make {target}; it lacks some of them.")
+        return tensor
+
+    def _forget(self, target: str) -> None:
+        """Puts the meta tensor back, so that the model holds no weights between two calls."""
+        module_name, _, name = target.rpartition(".")
+        module = self._model.get_submodule(module_name)
+        meta = self._state[target]
+        slots: dict[str, torch.Tensor | None] = module._buffers if name in module._buffers else module._parameters  # type: ignore[assignment]
+        slots[name] = meta if name in module._buffers else torch.nn.Parameter(meta, requires_grad=False)
+
+    def _units(self, keys: Iterable[str]) -> tuple[list[ConversionUnit], list[str]]:
+        """Groups keys by what they become; the loop mirrors that of `convert_and_load_state_dict_in_model`."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = self._model.base_model_prefix
+        units: dict[str, _Unit] = {}
+        unexpected: list[str] = []
+        for key in sorted(keys, key=dot_natural_key):
+            renamed, pattern = rename_source_key(key, renamings, converters, prefix, self._state)
+            if renamed not in self._state and key in self._state:
+                renamed, pattern = rename_source_key(key, [], [], prefix, self._state)
+            if renamed not in self._state:
+                unexpected.append(key)
+                continue
+            unit = units.setdefault(renamed, _Unit())
+            unit.sources.append(key)
+            names = converter_of[pattern].target_patterns if pattern is not None else [renamed]
+            for name in names:
+                unit.targets[renamed.replace(names[0], name)] = None
+        return [ConversionUnit(tuple(u.sources), tuple(u.targets)) for u in units.values()], unexpected
+
+    def _refuse_missing(self, units: list[ConversionUnit]) -> None:
+        made = {target for unit in units for target in unit.targets}
+        groups: dict[str, set[str]] = {}
+        for second, first in self.tied.items():
+            groups.setdefault(first, {first}).add(second)
+        covered = {name for group in groups.values() if group & made for name in group}
+        missing = [name for name in self._state if name not in made | covered]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise PackDamaged(
+                f"The checkpoint lacks tensors for {', '.join(missing[:3])}{more}. "
+                "It is incomplete or does not belong to its config.json."
+            )
+
+    def _refuse_unexpected_experts(self, unexpected: list[str]) -> None:
+        ignorable = [re.compile(p) for p in self._model._keys_to_ignore_on_load_unexpected or ()]
+        experts = [k for k in unexpected if ".experts." in k and not any(p.search(k) for p in ignorable)]
+        if experts:
+            raise ModelUnsupported(
+                f"The checkpoint holds {len(experts)} expert tensors that its config.json has no place for, for "
+                f"example {experts[0]}."
+            )
+
+
+def _in_order(units: list[ConversionUnit], order: Mapping[str, int]) -> tuple[ConversionUnit, ...]:
+    """A layer's units so that their targets come in the parameters' order; one unit if they interleave."""
+    ordered = sorted(units, key=lambda unit: order[unit.targets[0]])
+    made = [target for unit in ordered for target in unit.targets]
+    if made == sorted(set(made), key=order.__getitem__):
+        return tuple(ordered)
+    sources = tuple(key for unit in ordered for key in unit.sources)
+    return (ConversionUnit(sources, tuple(sorted(set(made), key=order.__getitem__))),)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar per converted tensor while packing shows its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def packed_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> Dtype:
+    """What the config says the model is in, else what most of the checkpoint's bytes are in."""
+    named = config.dtype or config.get_text_config().dtype
+    if named is not None:
+        text = str(named).removeprefix("torch.")
+        if text not in {dtype.value for dtype in Dtype}:
+            raise ModelUnsupported(f"The config's dtype is {text}; promoe packs {', '.join(d.value for d in Dtype)}.")
+        return Dtype.parse(text)
+    nbytes: Counter[Dtype] = Counter()
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in DTYPE_OF_SAFETENSORS:
+            nbytes[DTYPE_OF_SAFETENSORS[tensor.dtype]] += tensor.end - tensor.begin
+    if not nbytes:
+        raise ModelUnsupported("The checkpoint holds no floating-point weights.")
+    return nbytes.most_common(1)[0][0]
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The checkpoint's config as Transformers reads it; runs no remote code, raises ModelUnsupported if it cannot."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise ModelUnsupported(f"Transformers cannot read {folder / 'config.json'}: {error}") from error
+    return config
+
+
+def _experts_modules(model: PreTrainedModel) -> Iterable[ExpertsModule]:
+    for name, module in model.named_modules():
+        if not all(hasattr(module, mark) for mark in _EXPERTS_MARKS):
+            continue
+        num_experts = int(module.num_experts)
+        shapes = {
+            parameter: tuple(tensor.shape[1:])
+            for parameter, tensor in module.named_parameters(recurse=False)
+            if tensor.dim() > 1 and tensor.shape[0] == num_experts
+        }
+        yield ExpertsModule(name, num_experts, shapes)

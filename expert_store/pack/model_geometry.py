@@ -1,0 +1,48 @@
+"""Reads the numbers of a model's geometry off its config, whatever the family calls them."""
+
+from typing import Final
+
+from transformers import PretrainedConfig
+
+from expert_store.pack.meta_model import MetaModel
+from promoe.errors import ModelUnsupported
+from promoe.model_spec import ExpertLayout, ModelSpec
+
+_EXPERTS_PER_TOKEN: Final = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "moe_top_k",
+    "top_k",
+)
+_MAX_CONTEXT_TOKENS: Final = ("max_position_embeddings", "max_seq_len", "seq_length", "max_sequence_length")
+
+
+def model_spec(name: str, family: str, fingerprint: str, model: MetaModel, layout: ExpertLayout) -> ModelSpec:
+    """The model's geometry; raises ModelUnsupported if the config lacks one of its numbers."""
+    text = model.config.get_text_config()
+    return ModelSpec(
+        name=name,
+        family=family,
+        fingerprint=fingerprint,
+        num_moe_layers=len(model.experts),
+        num_experts=model.experts[0].num_experts,
+        experts_per_token=_number(text, _EXPERTS_PER_TOKEN),
+        hidden_size=_number(text, ("hidden_size",)),
+        vocab_size=_number(text, ("vocab_size",)),
+        max_context_tokens=_number(text, _MAX_CONTEXT_TOKENS),
+        layout=layout,
+    )
+
+
+def _number(config: PretrainedConfig, keys: tuple[str, ...]) -> int:
+    """The first of these keys that the config has; the largest where it is a list with an entry per layer."""
+    for key in keys:
+        value: object = getattr(config, key, None)
+        if isinstance(value, list) and value and all(isinstance(entry, int) for entry in value):
+            return max(int(entry) for entry in value)
+        if isinstance(value, int):
+            return value
+    raise ModelUnsupported(f"The config of this {config.model_type} model has none of {', '.join(keys)}.")

@@ -1,0 +1,79 @@
+"""Finds the checkpoint a person named: a local folder, or a hub id that is downloaded."""
+
+import errno
+import re
+from pathlib import Path
+from typing import Final
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from expert_store.pack.checkpoint import Checkpoint, read_config
+from expert_store.pack.families import refuse_unsupported_config
+from promoe.errors import ModelNotFound, ResourceExhausted
+
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
+_HTTP_ERROR: Final[type[BaseException]] = HfHubHTTPError.__mro__[1]
+"""The HTTP library's own error: huggingface_hub 1 is built on httpx, 2 on httpx2."""
+
+_SMALL_FILES: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+_WEIGHT_FILES: Final = ("model.safetensors", "model-*.safetensors")
+
+
+def find_checkpoint(model: str | Path) -> Checkpoint:
+    """The checkpoint behind a local folder or a hub id.
+
+    A hub model's config is judged before its weights are downloaded.
+
+    Raises:
+        ModelNotFound: no such folder, no such hub model, or the hub cannot be reached.
+        ModelUnsupported: the checkpoint's files or config rule it out.
+        PackDamaged: the checkpoint is damaged.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        folder = folder.resolve()
+        name = folder.name
+        refuse_unsupported_config(name, read_config(folder))
+        return Checkpoint.read(name, folder)
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+        raise ModelNotFound(f"There is no folder {model}, and it is not a hub id such as `owner/name`.")
+    small = _download(model, _SMALL_FILES)
+    refuse_unsupported_config(model, read_config(small))
+    return Checkpoint.read(model, _download(model, _WEIGHT_FILES))
+
+
+def _download(hub_id: str, patterns: tuple[str, ...]) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+    except GatedRepoError as error:
+        raise ModelNotFound(
+            f"{hub_id} is gated: accept its terms on the hub, then log in with `hf auth login` and try again."
+        ) from error
+    except (LocalEntryNotFoundError, ConnectionError) as error:
+        raise _unreachable(hub_id, error) from error
+    except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
+        raise ModelNotFound(f"There is no folder {hub_id}, and the hub has no model of that name.") from error
+    except _HTTP_ERROR as error:
+        raise _unreachable(hub_id, error) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(
+                "The disk of the hub cache is full. Make room, or set HF_HOME to a folder on another disk."
+            ) from error
+        raise
+
+
+def _unreachable(hub_id: str, error: BaseException) -> ModelNotFound:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ModelNotFound(
+        f"There is no folder {hub_id}, it is not in the local hub cache, and the hub cannot be reached ({reason}). "
+        "Connect, or download the model elsewhere with `hf download` and give its folder."
+    )

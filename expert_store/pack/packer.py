@@ -1,0 +1,238 @@
+"""Splits a checkpoint into an expert pack: a layer at a time, restartable, a pack only when whole."""
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Semaphore
+from typing import Final
+
+import torch
+import transformers
+import xxhash
+
+from expert_store.pack.checkpoint import Checkpoint, TensorOnDisk
+from expert_store.pack.dense_folder import DenseFolderWriter
+from expert_store.pack.families import no_experts
+from expert_store.pack.journal import PackJournal, locked_pack_folder
+from expert_store.pack.layer_file import LayerFileWriter
+from expert_store.pack.meta_model import ConversionPlan, MetaModel, load_config, packed_dtype, quiet_transformers
+from expert_store.pack.model_geometry import model_spec
+from expert_store.pack.model_source import find_checkpoint
+from expert_store.pack.progress import NoProgress, PackProgress
+from expert_store.pack.verify import damaged_experts, damaged_files
+from promoe.errors import InvalidInput, ResourceExhausted
+from promoe.model_spec import Dtype, ExpertLayout
+from promoe.pack_manifest import MANIFEST_FILE, PACK_VERSION, PackManifest
+
+_TENSORS_IN_FLIGHT: Final = 2
+"""Converted tensors (of all experts of one layer) waiting to be written: bounds what packing holds in memory."""
+
+_VOLATILE_CONFIG_KEYS: Final = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype"})
+"""Differ between copies of one model; the fingerprint leaves them out."""
+
+
+def pack_checkpoint(
+    model: str | Path,
+    pack_dir: Path,
+    *,
+    dtype: Dtype | None = None,
+    progress: PackProgress | None = None,
+) -> PackManifest:
+    """Makes `pack_dir` a pack of `model`; goes on where an earlier call for the same model was stopped.
+
+    Args:
+        model: a checkpoint folder or a hub id.
+        pack_dir: an empty or new folder, or one in which this model's packing was begun or finished. Of a finished
+            pack the bytes are compared with their checksums, and only what is damaged is made again.
+        dtype: what the model will compute in; by default what its config says.
+        progress: told about steps.
+
+    Raises:
+        ModelNotFound, ModelUnsupported, PackDamaged: the checkpoint is not there, not supported, not whole.
+        InvalidInput: `pack_dir` holds something else.
+        AlreadyRunning: another process packs into it.
+        ResourceExhausted: the disk is full; calling again with more room goes on.
+    """
+    with quiet_transformers():
+        checkpoint = find_checkpoint(model)
+        config = load_config(checkpoint.folder)
+        meta = MetaModel(config, dtype or packed_dtype(config, checkpoint))
+        if not meta.experts:
+            raise no_experts(checkpoint.name, checkpoint.config)
+        packing = _Packing(
+            checkpoint, meta, meta.plan(checkpoint.tensors), meta.layout(), Path(pack_dir), progress or NoProgress()
+        )
+        with locked_pack_folder(packing.pack_dir), _full_disk_is_a_sentence(packing.pack_dir):
+            return packing.run()
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """One call of `pack_checkpoint`, after its source is known to be sound."""
+
+    checkpoint: Checkpoint
+    model: MetaModel
+    plan: ConversionPlan
+    layout: ExpertLayout
+    pack_dir: Path
+    progress: PackProgress
+
+    @property
+    def source_fingerprint(self) -> str:
+        return f"{self.checkpoint.fingerprint}-{self.model.dtype.value}"
+
+    @property
+    def layer_nbytes(self) -> int:
+        return self.model.experts[0].num_experts * self.layout.blob_stride_nbytes
+
+    @property
+    def dense_nbytes(self) -> int:
+        return sum(self.model.state_nbytes(target) for unit in self.plan.dense for target in unit.targets)
+
+    def run(self) -> PackManifest:
+        journal = self._open_journal()
+        finished = self._sound_layers(journal)
+        dense = journal.dense_checksums()
+        if dense is not None and damaged_files(self.pack_dir, dense):
+            dense = None
+        missing = [layer for layer in range(len(self.model.experts)) if layer not in finished]
+        todo_nbytes = len(missing) * self.layer_nbytes + (0 if dense is not None else self.dense_nbytes)
+        self._refuse_small_disk(todo_nbytes)
+        if self.plan.ignored:
+            self.progress.note(
+                f"The model has no place for {len(self.plan.ignored)} tensors of the checkpoint, for example "
+                f"{self.plan.ignored[0]}; they are left out, as Transformers does."
+            )
+        self.progress.begin(f"Packing {self.checkpoint.name}", todo_nbytes)
+        with self.checkpoint.open() as tensors:
+            if dense is None:
+                dense = self._pack_dense(tensors)
+                journal.record_dense(dense)
+            finished |= self._pack_layers(missing, tensors, journal)
+        manifest = self._manifest(finished, dense)
+        manifest.write(self.pack_dir)
+        journal.close()
+        return manifest
+
+    def _open_journal(self) -> PackJournal:
+        manifest = PackManifest.read(self.pack_dir) if (self.pack_dir / MANIFEST_FILE).is_file() else None
+        if manifest is not None and manifest.source_fingerprint != self.source_fingerprint:
+            raise InvalidInput(
+                f"{self.pack_dir} holds a pack of {manifest.spec.name} ({manifest.spec.layout.dtype.value}, made from "
+                f"other files than these of {self.checkpoint.name}). Give another folder, or delete this one first."
+            )
+        converter = f"pack {PACK_VERSION}, transformers {transformers.__version__}, torch {torch.__version__}"
+        journal = PackJournal(self.pack_dir, self.source_fingerprint, converter, keep=manifest is not None)
+        if manifest is not None:
+            journal.adopt(manifest)
+        return journal
+
+    def _sound_layers(self, journal: PackJournal) -> dict[int, tuple[str, ...]]:
+        """Checksums of the layers that an earlier call finished and whose bytes are still those."""
+        claimed = {layer: journal.layer_checksums(layer) for layer in range(len(self.model.experts))}
+        claims = {layer: sums for layer, sums in claimed.items() if sums is not None}
+        if not claims:
+            return {}
+        self.progress.begin("Checking what is already packed", len(claims) * self.layer_nbytes)
+        damaged = damaged_experts(self.pack_dir, self.layout, claims, self.progress)
+        bad_layers = {expert.layer for expert in damaged}
+        return {layer: sums for layer, sums in claims.items() if layer not in bad_layers}
+
+    def _refuse_small_disk(self, todo_nbytes: int) -> None:
+        free_nbytes = shutil.disk_usage(self.pack_dir).free
+        if free_nbytes < todo_nbytes:
+            raise ResourceExhausted(
+                f"Packing needs {todo_nbytes / 1e9:.2f} GB more on the disk of {self.pack_dir}, and "
+                f"{free_nbytes / 1e9:.2f} GB are free. Make room or give a folder on another disk."
+            )
+
+    def _pack_dense(self, tensors: Mapping[str, TensorOnDisk]) -> dict[str, str]:
+        writer = DenseFolderWriter(self.model, self.pack_dir)
+        for nbytes in writer.write(self.plan.dense, tensors, self.checkpoint.folder):
+            self.progress.advance(nbytes)
+        return writer.checksums()
+
+    def _pack_layers(
+        self, layers: list[int], tensors: Mapping[str, TensorOnDisk], journal: PackJournal
+    ) -> dict[int, tuple[str, ...]]:
+        """Three stages, each in one thread: convert (here), write with checksums, make durable."""
+        room = Semaphore(_TENSORS_IN_FLIGHT)
+        finishing: list[tuple[int, Future[tuple[str, ...]]]] = []
+        with ExitStack() as stack:
+            syncing = stack.enter_context(ThreadPoolExecutor(1, "pack-sync"))
+            writing = stack.enter_context(ThreadPoolExecutor(1, "pack-write"))
+            for layer in layers:
+                writer = LayerFileWriter(self.pack_dir, layer, self.layout, self.model.experts[layer].num_experts)
+                stack.callback(writer.abandon)
+                puts: list[Future[None]] = []
+                for unit in self.plan.layers[layer]:
+                    room.acquire()
+                    _raise_first_failure([*puts, *(future for _, future in finishing)])
+                    converted = tuple(self.model.convert([unit], tensors).values())
+                    puts.append(writing.submit(self._put, writer, converted, room))
+                    del converted
+                finishing.append((layer, syncing.submit(self._finish, writer, puts, layer, journal)))
+            return {layer: future.result() for layer, future in finishing}
+
+    def _put(self, writer: LayerFileWriter, converted: tuple[torch.Tensor, ...], room: Semaphore) -> None:
+        try:
+            for tensor in converted:
+                writer.put(tensor)
+                self.progress.advance(tensor.nbytes)
+        finally:
+            room.release()
+
+    def _finish(
+        self, writer: LayerFileWriter, puts: list[Future[None]], layer: int, journal: PackJournal
+    ) -> tuple[str, ...]:
+        for put in puts:
+            put.result()
+        checksums = writer.finish()
+        journal.record_layer(layer, checksums)
+        return checksums
+
+    def _manifest(self, checksums: dict[int, tuple[str, ...]], dense: dict[str, str]) -> PackManifest:
+        blobs = tuple(checksums[layer] for layer in range(len(self.model.experts)))
+        fingerprint = self._fingerprint(blobs, dense)
+        family = str(self.checkpoint.config["model_type"])
+        return PackManifest(
+            spec=model_spec(self.checkpoint.name, family, fingerprint, self.model, self.layout),
+            blob_checksums=blobs,
+            layer_modules=tuple(module.name for module in self.model.experts),
+            dense_checksums=dense,
+            packed_with={"transformers": transformers.__version__, "torch": str(torch.__version__)},
+            source_fingerprint=self.source_fingerprint,
+        )
+
+    def _fingerprint(self, blobs: tuple[tuple[str, ...], ...], dense: dict[str, str]) -> str:
+        """xxh3-128 over config, dtype and checksums: the same model packed twice has the same one."""
+        config = {key: value for key, value in self.checkpoint.config.items() if key not in _VOLATILE_CONFIG_KEYS}
+        weights = {path: checksum for path, checksum in dense.items() if not path.endswith("/config.json")}
+        content = [config, self.model.dtype.value, blobs, weights]
+        return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
+
+
+@contextmanager
+def _full_disk_is_a_sentence(pack_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceExhausted(
+                f"The disk of {pack_dir} is full ({error.strerror}). Make room and run the same command again: what is "
+                "packed already is kept."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InvalidInput(f"{pack_dir} cannot be written ({error.strerror}).") from error
+        raise
+
+
+def _raise_first_failure(futures: list[Future[None] | Future[tuple[str, ...]]]) -> None:
+    for future in futures:
+        if future.done():
+            future.result()
