@@ -1,0 +1,171 @@
+"""Between text and tokens: prompts, chats and answers, through the model's own tokenizer and chat template.
+
+Encoding a long text takes seconds: it is done in a worker thread, never on the event loop.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """Tokenized as it is, with the tokenizer's own special tokens."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """One message of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """Rendered with the model's chat template, ready for the assistant's answer."""
+
+    turns: tuple[ChatTurn, ...]
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """Taken as it is."""
+
+    token_ids: tuple[int, ...]
+
+
+Prompt: TypeAlias = TextPrompt | ChatPrompt | TokenPrompt
+
+
+@dataclass(frozen=True)
+class PromptLimits:
+    """What a prompt may be.
+
+    Attributes:
+        vocab_size: rows of the model's embedding.
+        max_context_tokens: longest prompt plus answer.
+        max_prompt_bytes: longest text, in UTF-8.
+    """
+
+    vocab_size: int
+    max_context_tokens: int
+    max_prompt_bytes: int
+
+
+class PromptCodec:
+    """Encodes prompts and decodes answers.
+
+    Args:
+        tokenizer: the model's own.
+        limits: what a prompt may be.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: PromptLimits) -> None:
+        self._tokenizer = tokenizer
+        self._limits = limits
+        # Fast tokenizers drop their file's truncation and padding at the first call, and must not do so while another
+        # thread is encoding.
+        self._encode_text("", special_tokens=True)
+
+    @property
+    def limits(self) -> PromptLimits:
+        """What a prompt may be."""
+        return self._limits
+
+    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt's tokens, at least one.
+
+        Raises:
+            ValueError: the prompt is empty, too long, or not what the chat template or the vocabulary allows.
+        """
+        self._check_size(prompt)
+        token_ids = prompt.token_ids if isinstance(prompt, TokenPrompt) else await self.tokenize(prompt)
+        if not token_ids:
+            raise ValueError("prompt is empty; at least one token is needed")
+        self._check_ids(token_ids, "prompt.token_ids")
+        if len(token_ids) >= self._limits.max_context_tokens:
+            raise ValueError(
+                f"prompt has {len(token_ids)} tokens; allowed: fewer than the context's "
+                f"{self._limits.max_context_tokens}, so that at least one token of an answer fits"
+            )
+        return token_ids
+
+    async def tokenize(self, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
+        """The text's tokens, possibly none; the context's length does not matter here.
+
+        Raises:
+            ValueError: too many bytes, or not what the chat template allows.
+        """
+        self._check_size(prompt)
+        return await asyncio.to_thread(self._tokenize, prompt)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The tokens as one text.
+
+        Raises:
+            ValueError: a token that is not in the vocabulary.
+        """
+        self._check_ids(token_ids, "token_ids")
+        return self.decode(token_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The answer's tokens as one text, without special tokens."""
+        return self._decode(token_ids, skip_special_tokens=True)
+
+    def token_text(self, token_id: int) -> str:
+        """One token for people to look at, special tokens included."""
+        return self._decode([token_id], skip_special_tokens=False)
+
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        text = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str), "one sequence decodes to one text"
+        return text
+
+    def _check_size(self, prompt: Prompt) -> None:
+        if isinstance(prompt, TokenPrompt):
+            return
+        texts = [prompt.text] if isinstance(prompt, TextPrompt) else [turn.content for turn in prompt.turns]
+        # A character takes at least one byte: what is too long by far is refused without being encoded.
+        nbytes = sum(map(len, texts))
+        if nbytes <= self._limits.max_prompt_bytes:
+            nbytes = sum(len(text.encode()) for text in texts)
+        if nbytes > self._limits.max_prompt_bytes:
+            raise ValueError(f"prompt has {nbytes} bytes or more; allowed: at most {self._limits.max_prompt_bytes}")
+        if not any(texts):
+            raise ValueError("prompt is empty; allowed: a text, a chat with at least one message, or token ids")
+
+    def _check_ids(self, token_ids: Sequence[int], field: str) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._limits.vocab_size:
+                raise ValueError(f"{field} has {token_id}; allowed: 0 to {self._limits.vocab_size - 1}")
+
+    def _tokenize(self, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
+        if isinstance(prompt, TextPrompt):
+            return self._encode_text(prompt.text, special_tokens=True)
+        return self._encode_text(self._render(prompt), special_tokens=False)
+
+    def _render(self, chat: ChatPrompt) -> str:
+        if self._tokenizer.chat_template is None:
+            raise ValueError("prompt.chat is set, but this model has no chat template; allowed: text or token_ids")
+        messages = [{"role": turn.role, "content": turn.content} for turn in chat.turns]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"prompt.chat is not what the model's chat template allows: {error}") from error
+        assert isinstance(text, str), "one chat renders to one text"
+        return text
+
+    def _encode_text(self, text: str, special_tokens: bool) -> tuple[int, ...]:
+        # `verbose` would warn about texts longer than the model's context, which are refused elsewhere.
+        token_ids = self._tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+        assert isinstance(token_ids, list), "one text encodes to one list"
+        return tuple(int(token_id) for token_id in token_ids)

@@ -1,0 +1,234 @@
+"""A tiny model behind an engine, for tests of engines and of the service: what `__main__` wires, minus experts."""
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc.aio
+import torch
+from prometheus_client import CollectorRegistry
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from compute_node.admission import Admission, AdmissionLimits
+from compute_node.answer import Answerer
+from compute_node.batch_loop import BatchLimits
+from compute_node.continuous_engine import ContinuousEngine
+from compute_node.engine import Engine, EngineEvent, EngineRequest, RequestEnded, RequestFailed, TokenDrawn
+from compute_node.node_report import (
+    CacheCounts,
+    CacheShapeReport,
+    DeviceReport,
+    LayerCounts,
+    NodeIdentity,
+    PhaseCounts,
+    StoreLinkReport,
+)
+from compute_node.prompt import PromptCodec, PromptLimits
+from compute_node.request_metrics import RequestMetrics
+from compute_node.sampling import SampledToken, Sampling
+from compute_node.service import SERVICE_NAME, InferenceService
+from compute_node.step_ledger import Phase, StepLedger
+from promoe.errors import PromoeError
+from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
+from promoe.rpc import RpcServer
+from promoe.v1 import inference_pb2_grpc
+from tests.families import END_OF_TURN_ID, VOCABULARY, write_tokenizer
+
+EVENT_DEADLINE_S = 60.0
+"""No event of a tiny model takes this long: a test that waits longer has found a hang."""
+
+LIMITS = BatchLimits(num_kv_blocks=64, max_batch_tokens=32, max_concurrent_requests=8)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The byte-level tokenizer with a chat template, written to `folder` and loaded from it."""
+    write_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase), "a tokenizer was written"
+    return tokenizer
+
+
+def greedy_oracle(
+    model: PreTrainedModel, prompt_ids: Sequence[int], num_tokens: int, repetition_penalty: float = 1.0
+) -> list[int]:
+    """Transformers' own `generate`."""
+    ids = torch.tensor([list(prompt_ids)])
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=num_tokens, repetition_penalty=repetition_penalty, pad_token_id=0
+    )
+    # PreTrainedModel is the only type that all causal LMs share; it declares `generate` through __getattr__.
+    sequences = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[operator]
+    return [int(token_id) for token_id in sequences[0, len(prompt_ids) :]]
+
+
+def engine_request(request_id: str, prompt_ids: Sequence[int], max_tokens: int, **options: object) -> EngineRequest:
+    """A request that only its length ends; `options` are those of Sampling."""
+    return EngineRequest(request_id, tuple(prompt_ids), max_tokens, Sampling(**options), frozenset())  # type: ignore[arg-type]
+
+
+@dataclass
+class EventLog:
+    """Collects one request's events; `sink` is called on the engine's thread, the rest by the test."""
+
+    _events: "queue.SimpleQueue[EngineEvent]" = field(default_factory=queue.SimpleQueue)
+
+    def sink(self, event: EngineEvent) -> None:
+        """One event."""
+        self._events.put(event)
+
+    def next(self) -> EngineEvent:
+        """The next event."""
+        return self._events.get(timeout=EVENT_DEADLINE_S)
+
+    def until_token(self) -> SampledToken:
+        """The next token."""
+        while True:
+            event = self.next()
+            if isinstance(event, TokenDrawn):
+                return event.token
+
+    def tokens_and_end(self) -> tuple[list[SampledToken], RequestEnded]:
+        """All tokens that are still to come; raises the error if the request fails."""
+        tokens = []
+        while True:
+            event = self.next()
+            if isinstance(event, TokenDrawn):
+                tokens.append(event.token)
+            elif isinstance(event, RequestEnded):
+                return tokens, event
+            elif isinstance(event, RequestFailed):
+                raise event.error
+
+    def token_ids(self) -> list[int]:
+        """All tokens that are still to come."""
+        return [token.token_id for token in self.tokens_and_end()[0]]
+
+    def failure(self) -> PromoeError:
+        """The error that ends the request."""
+        while True:
+            event = self.next()
+            assert not isinstance(event, RequestEnded), "the request ended well"
+            if isinstance(event, RequestFailed):
+                return event.error
+
+
+def submit(engine: Engine, request: EngineRequest) -> EventLog:
+    """Submits and returns the log of its events."""
+    log = EventLog()
+    engine.submit(request, log.sink)
+    return log
+
+
+@dataclass
+class StepLog:
+    """What an engine told its step observer, and whether it died."""
+
+    phases: list[Phase] = field(default_factory=list)
+    has_died: bool = False
+
+    def observe(self, phase: Phase, elapsed_s: float) -> None:
+        """A step."""
+        assert elapsed_s > 0, "a step takes time"
+        self.phases.append(phase)
+
+    def died(self) -> None:
+        """The engine's thread ended without having been stopped."""
+        self.has_died = True
+
+
+@contextmanager
+def continuous_engine(
+    model: PreTrainedModel, limits: BatchLimits = LIMITS, ledger: StepLedger | None = None, steps: StepLog | None = None
+) -> Iterator[ContinuousEngine]:
+    """A started continuous engine, stopped at the end."""
+    steps = steps or StepLog()
+    engine = ContinuousEngine(model, ledger or StepLedger(), limits, steps.observe, steps.died)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+class FixedReport:
+    """A cache report with numbers that a test can find again on the wire."""
+
+    shape = CacheShapeReport(
+        slots_per_layer=3, slot_nbytes=4096, cache_rate=0.375, eviction="lru", chunk_nbytes=1024, max_chunks_in_flight=2
+    )
+    link = StoreLinkReport(endpoint="unix:/run/store", attached=True, arena_uuid="a1", arena_kind="memfd")
+    counts = CacheCounts(
+        prefill=PhaseCounts(1, 2, 3, 4, 5, 0.5, 6),
+        decode=PhaseCounts(7, 8, 9, 10, 11, 1.5, 12),
+        layers=(LayerCounts(0, 3, 0, 8, 10, 5), LayerCounts(1, 2, 1, 0, 0, 0)),
+        uploaded_nbytes=18,
+        link_busy_s=0.25,
+    )
+
+    def cache_shape(self) -> CacheShapeReport:
+        """Fixed."""
+        return self.shape
+
+    def store_link(self) -> StoreLinkReport:
+        """Fixed."""
+        return self.link
+
+    def cache_counts(self) -> CacheCounts:
+        """Fixed."""
+        return self.counts
+
+
+SPEC = ModelSpec(
+    name="tiny",
+    family="qwen2_moe",
+    fingerprint="f" * 16,
+    num_moe_layers=3,
+    num_experts=8,
+    experts_per_token=2,
+    hidden_size=32,
+    vocab_size=len(VOCABULARY),
+    max_context_tokens=256,
+    layout=ExpertLayout.of(Dtype.FLOAT32, {"gate_up_proj": (48, 32), "down_proj": (32, 24)}),
+)
+
+
+@dataclass
+class Serving:
+    """A running Inference server and what stands behind it."""
+
+    stub: "inference_pb2_grpc.InferenceAsyncStub"
+    endpoint: str
+    admission: Admission
+    registry: CollectorRegistry
+
+
+@asynccontextmanager
+async def serving(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: AdmissionLimits | None = None,
+    prompt_limits: PromptLimits | None = None,
+) -> AsyncIterator[Serving]:
+    """The whole service over `engine` on a real socket."""
+    registry = CollectorRegistry()
+    metrics = RequestMetrics(registry)
+    codec = PromptCodec(tokenizer, prompt_limits or PromptLimits(len(VOCABULARY), 256, 4096))
+    admission = Admission(engine, limits or AdmissionLimits(8, 8, 60.0), metrics)
+    answerer = Answerer(admission, codec, frozenset({END_OF_TURN_ID}), metrics)
+    device = DeviceReport(kind="cpu", name="a CPU", reason="It was asked for.", link="memcpy")
+    identity = NodeIdentity("instance-1", SPEC, engine.kind, "It was asked for.", device)
+    server = RpcServer((SERVICE_NAME,))
+    inference_pb2_grpc.add_InferenceServicer_to_server(
+        InferenceService(answerer, codec, admission, identity, FixedReport()), server.server
+    )
+    endpoint = server.listen("127.0.0.1:0")
+    await server.start()
+    await server.set_serving(True)
+    async with grpc.aio.insecure_channel(endpoint) as channel:
+        yield Serving(inference_pb2_grpc.InferenceStub(channel), endpoint, admission, registry)
+    await admission.drain(EVENT_DEADLINE_S)
+    await server.stop(grace_s=0)
+    await asyncio.sleep(0)
