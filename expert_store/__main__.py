@@ -1,0 +1,118 @@
+"""`python -m expert_store`: reads the configuration, builds the store and its servers, runs until SIGTERM."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from expert_store.config import StoreConfig
+from expert_store.fd_server import FdServer
+from expert_store.fill_progress import FillProgress
+from expert_store.metrics import metrics_page
+from expert_store.run_dir import RunDir
+from expert_store.service import SERVICE_NAME, ExpertStoreService
+from expert_store.store import ExpertStore
+from promoe.arena import ARENA_KINDS
+from promoe.config import LogConfig, Settings
+from promoe.errors import PromoeError
+from promoe.pack_manifest import PackManifest
+from promoe.rpc import RpcServer
+from promoe.telemetry import configure_logging
+from promoe.v1 import expert_store_pb2_grpc
+
+logger = logging.getLogger("expert_store")
+
+
+async def serve(config: StoreConfig) -> None:
+    """Runs one store until SIGTERM or SIGINT; raises the PromoeError that keeps it from running."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    manifest = PackManifest.read(config.pack)
+    run_dir = RunDir(config)
+    try:
+        progress = FillProgress(manifest.spec.experts_nbytes)
+        store = ExpertStore(config, manifest, run_dir, progress.update)
+        try:
+            with metrics_page(store, config.metrics_listen), progress.shown():
+                await _serve_store(store, config, stop)
+        finally:
+            store.close()
+    finally:
+        run_dir.close()
+
+
+async def _serve_store(store: ExpertStore, config: StoreConfig, stop: asyncio.Event) -> None:
+    service = ExpertStoreService(store, str(config.fd_socket.absolute()))
+    server = RpcServer((SERVICE_NAME,))
+    expert_store_pb2_grpc.add_ExpertStoreServicer_to_server(service, server.server)
+    channel = FdServer(config.fd_socket, store, config.peer_uids)
+    endpoint = _listen(server, config)
+    await server.start()
+    logger.info("Serving %s at %s.", config.pack, endpoint)
+
+    full = asyncio.Event()
+    work = asyncio.create_task(store.run(full.set))
+    tasks = [
+        work,
+        asyncio.create_task(channel.run()),
+        asyncio.create_task(stop.wait()),
+        asyncio.create_task(_announce(server, full)),
+    ]
+    try:
+        await asyncio.wait({tasks[0], tasks[1], tasks[2]}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+    except PromoeError as error:
+        service.fail(error)
+        raise
+    finally:
+        store.freeze_state()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.stop(config.drain_deadline_s)
+
+
+def _listen(server: RpcServer, config: StoreConfig) -> str:
+    endpoint = server.listen(config.endpoint)
+    if config.listen_socket is not None:
+        config.listen_socket.chmod(0o660)
+    return endpoint
+
+
+async def _announce(server: RpcServer, full: asyncio.Event) -> None:
+    await full.wait()
+    await server.set_serving(True)
+    logger.info("Every expert is published.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 after SIGTERM, 1 when the store cannot run, 2 for a wrong configuration."""
+    parser = argparse.ArgumentParser(
+        prog="python -m expert_store", description="Holds all experts of one pack in shared memory."
+    )
+    parser.add_argument("--config", type=Path, help="TOML file with a [store] table")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides the file")
+    options = parser.parse_args(arguments)
+    try:
+        settings = Settings(options.config, options.set)
+        config = settings.section("store", StoreConfig)
+        if config.arena_kind not in ARENA_KINDS:
+            raise ValueError(f"store.arena_kind is {config.arena_kind!r}; allowed: {', '.join(ARENA_KINDS)}")
+        configure_logging("expert_store", settings.section("log", LogConfig).level)
+        asyncio.run(serve(config))
+    except ValueError as error:
+        sys.stderr.write(f"expert_store: {error}\n")
+        return 2
+    except PromoeError as error:
+        sys.stderr.write(f"expert_store: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

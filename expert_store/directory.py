@@ -1,0 +1,69 @@
+"""The directory inside the arena: which blobs are published, in a form that outlives the store process.
+
+Only the store writes it. Each entry carries its own checksum, so that an entry that was torn by a kill reads as empty.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Final
+
+ENTRY_NBYTES: Final = 64
+_ENTRY: Final = struct.Struct("<IIQ")
+_CRC: Final = struct.Struct("<I")
+_PUBLISHED: Final = 0x900DB10B
+
+
+@dataclass(frozen=True)
+class DirectoryEntry:
+    """A published blob.
+
+    Attributes:
+        generation: counts from 1 how often the blob was written at its place.
+        checksum: xxh3-64 of the blob.
+    """
+
+    generation: int
+    checksum: int
+
+
+class Directory:
+    """Entries by the blob's place in the arena's order.
+
+    Args:
+        view: `ENTRY_NBYTES` for each blob, zeroed or as an earlier store left it.
+    """
+
+    def __init__(self, view: memoryview) -> None:
+        assert len(view) % ENTRY_NBYTES == 0, "the directory is a whole number of entries"
+        self._view = view
+
+    def __len__(self) -> int:
+        return len(self._view) // ENTRY_NBYTES
+
+    def read(self, index: int) -> DirectoryEntry | None:
+        """The entry, or None when nothing valid is published there."""
+        offset = index * ENTRY_NBYTES
+        body = bytes(self._view[offset : offset + _ENTRY.size])
+        mark, generation, checksum = _ENTRY.unpack(body)
+        (crc,) = _CRC.unpack_from(self._view, offset + _ENTRY.size)
+        if mark != _PUBLISHED or crc != _crc(index, body):
+            return None
+        return DirectoryEntry(generation, checksum)
+
+    def write(self, index: int, entry: DirectoryEntry) -> None:
+        """Publishes; the blob's bytes must be in place already."""
+        offset = index * ENTRY_NBYTES
+        body = _ENTRY.pack(_PUBLISHED, entry.generation, entry.checksum)
+        self._view[offset : offset + _ENTRY.size] = body
+        _CRC.pack_into(self._view, offset + _ENTRY.size, _crc(index, body))
+
+    def clear(self, index: int) -> None:
+        """Withdraws the entry; the bytes may change from here on."""
+        offset = index * ENTRY_NBYTES
+        self._view[offset : offset + ENTRY_NBYTES] = bytes(ENTRY_NBYTES)
+
+
+def _crc(index: int, body: bytes) -> int:
+    # The index is part of it: an entry copied to another place is not valid there.
+    return zlib.crc32(body, index)

@@ -1,0 +1,63 @@
+"""How much memory this process may still take for an arena."""
+
+from pathlib import Path
+from typing import Final
+
+from promoe.errors import InsufficientMemory
+
+_CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
+
+# What the store's own process and the kernel's tables need beside the arena.
+_RESERVE_NBYTES: Final = 128 << 20
+
+
+def check_room_for(arena_nbytes: int) -> None:
+    """Raises InsufficientMemory naming the number that is short."""
+    rooms = [(_free_nbytes(), "free memory"), *((room, "the cgroup's memory limit") for room in _cgroup_rooms())]
+    available, limit = min(rooms)
+    wanted = arena_nbytes + _RESERVE_NBYTES
+    if wanted > available:
+        raise InsufficientMemory(
+            f"The arena needs {_gib(wanted)} GiB, but {limit} leaves {_gib(max(available, 0))} GiB: "
+            f"{_gib(wanted - available)} GiB are short. Free memory or raise the limit (docker: mem_limit)."
+        )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 30):.2f}"
+
+
+def _free_nbytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("/proc/meminfo has MemAvailable since Linux 3.14")
+
+
+def _cgroup_rooms() -> list[int]:
+    """What each limit of this process's cgroup and its parents leaves; page cache counts as free."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    relative = next((line.removeprefix("0::/") for line in lines if line.startswith("0::")), None)
+    if relative is None:
+        return []
+    group = _CGROUP_ROOT / relative
+    rooms = []
+    while group.is_relative_to(_CGROUP_ROOT):
+        room = _room_of(group)
+        if room is not None:
+            rooms.append(room)
+        group = group.parent
+    return rooms
+
+
+def _room_of(group: Path) -> int | None:
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        used = int((group / "memory.current").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    reclaimable = int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
+    return int(limit) - used + reclaimable
