@@ -16,7 +16,7 @@ GENERATED := .cache/generated
 BENCHES := bench-overhead bench-sweep bench-pack bench-store
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench $(BENCHES) proto clean
+.PHONY: help setup demo test check style types schema architecture bench $(BENCHES) proto clean
 
 help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -38,15 +38,23 @@ demo: $(READY) ## Builds the demo model once and answers two prompts through the
 test: $(READY) ## Runs every test that this machine can run.
 	$(BIN)/python -m pytest
 
-check: $(READY) ## Format, lint, types, schema, fresh stubs, architecture.
+check: style types schema architecture ## Format, lint, types, schema, fresh stubs, architecture.
+
+style: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: $(READY)
 	$(BIN)/mypy --strict $(SOURCES)
+
+schema: $(READY)
 	$(BIN)/buf lint
 	rm -rf $(GENERATED) && mkdir -p $(GENERATED)
 	$(call generate,$(GENERATED))
 	@for file in $$(cd $(GENERATED) && find . -type f); do \
 		diff -u "proto/$$file" "$(GENERATED)/$$file" || { echo "Stubs are stale: run make proto." >&2; exit 1; }; done
+
+architecture: $(READY)
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_packaging.py
 
 bench: $(BENCHES) ## Runs all benchmarks, one after the other; each also has its own target bench-NAME.
