@@ -6,11 +6,11 @@ Knows nothing of models; refuses what can be refused from the files alone, befor
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 import xxhash
@@ -32,10 +32,8 @@ _INDEX_DTYPES: Final = frozenset({"I64", "I32", "BOOL", "F64"})
 """Element types of the odd buffer; anything else (F8, U8, I8 ...) means a quantised checkpoint."""
 
 
-class TensorOnDisk(Protocol):
-    """A tensor that is read when indexed with `...`, as Transformers' loader does."""
-
-    def __getitem__(self, index: object) -> torch.Tensor: ...
+TensorReader = Callable[[str], torch.Tensor]
+"""Gives a checkpoint's tensor by its name: a view of the mapped file, read from disk when touched."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +98,18 @@ class Checkpoint:
         return sum(tensor.end - tensor.begin for tensor in self.tensors.values())
 
     @contextmanager
-    def open(self) -> Iterator[dict[str, TensorOnDisk]]:
-        """Every tensor, mapped and not read yet, by its name."""
+    def open(self) -> Iterator[TensorReader]:
+        """Maps the files while entered."""
         with ExitStack() as stack:
-            opened = {}
-            for file in self.files:
-                pointer = stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
-                opened.update({key: pointer.get_slice(key) for key in pointer.keys()})  # noqa: SIM118 (not a dict)
-            yield opened
+            opened = {
+                file: stack.enter_context(safe_open(str(file), framework="pt", device="cpu")) for file in self.files
+            }
+
+            def read(key: str) -> torch.Tensor:
+                tensor: torch.Tensor = opened[self.tensors[key].file].get_tensor(key)
+                return tensor
+
+            yield read
 
 
 def read_config(folder: Path) -> dict[str, object]:

@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 
-from expert_store.pack.checkpoint import TensorOnDisk
+from expert_store.pack.checkpoint import TensorReader
 from expert_store.pack.layer_file import sync_folder, tensor_bytes, write_at
 from expert_store.pack.meta_model import ConversionUnit, MetaModel
 from expert_store.pack.verify import file_checksum
@@ -64,16 +64,14 @@ class DenseFolderWriter:
         self._routers: dict[str, torch.Tensor] = {}
         self._router_names = dict(router_names(model))
 
-    def write(
-        self, units: tuple[ConversionUnit, ...], tensors: Mapping[str, TensorOnDisk], source: Path
-    ) -> Iterator[int]:
+    def write(self, units: tuple[ConversionUnit, ...], read: TensorReader, source: Path) -> Iterator[int]:
         """Writes it all, yielding the bytes of each weights file after it is written."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         made = {target for unit in units for target in unit.targets}
         renames = _tied_renames(self._model.tied, made)
         for unit in units:
-            for name, tensor in self._model.convert([unit], tensors).items():
+            for name, tensor in self._model.convert(unit, read).items():
                 self._take(renames.get(name, name), tensor)
             if self._stored_nbytes >= MAX_SHARD_NBYTES:
                 yield self._flush_shard()

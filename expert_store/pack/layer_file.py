@@ -11,7 +11,7 @@ from promoe.pack_manifest import layer_file
 
 
 class LayerFileWriter:
-    """Takes a layer's tensors in the layout's order; `finish` makes the file visible.
+    """Takes a layer's tensors, best in the layout's order; `finish` makes the file visible.
 
     Not thread-safe; each method may be called from another thread than the one before.
     """
@@ -22,12 +22,24 @@ class LayerFileWriter:
         self._layout = layout
         self._num_experts = num_experts
         self._num_put = 0
+        self._early: dict[str, torch.Tensor] = {}
         self._digests = [xxhash.xxh3_64() for _ in range(num_experts)]
         self._partial.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
 
-    def put(self, tensor: torch.Tensor) -> None:
-        """Writes the next tensor of the layout, of shape (num_experts, *slice.shape), for every expert."""
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes a tensor of the layout, of shape (num_experts, *slice.shape), for every expert.
+
+        Checksums run through a blob from its begin, so a tensor that comes before its turn waits in memory.
+        """
+        self._early[name] = tensor
+        while self._num_put < len(self._layout.tensors):
+            turn = self._early.pop(self._layout.tensors[self._num_put].name, None)
+            if turn is None:
+                return
+            self._write_next(turn)
+
+    def _write_next(self, tensor: torch.Tensor) -> None:
         slot = self._layout.tensors[self._num_put]
         assert tensor.shape == (self._num_experts, *slot.shape), f"{slot.name} has shape {tuple(tensor.shape)}"
         before = self._layout.tensors[self._num_put - 1] if self._num_put else None

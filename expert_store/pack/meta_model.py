@@ -6,8 +6,8 @@ parameter, and the conversion itself. Names and calls are those of transformers 
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,14 +18,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    convert_and_load_state_dict_in_model,
+    build_glob_alternation,
     dot_natural_key,
     rename_source_key,
 )
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
-from expert_store.pack.checkpoint import DTYPE_OF_SAFETENSORS, Checkpoint, TensorOnDisk
+from expert_store.pack.checkpoint import DTYPE_OF_SAFETENSORS, Checkpoint, TensorReader
 from promoe.errors import ModelUnsupported, PackDamaged
 from promoe.model_spec import Dtype, ExpertLayout
 
@@ -48,9 +46,16 @@ class ExpertsModule:
 
 @dataclass(frozen=True)
 class ConversionUnit:
-    """Checkpoint tensors that become model tensors together, and the names of both."""
+    """Checkpoint tensors that become model tensors together.
+
+    Attributes:
+        sources: the checkpoint tensors' names.
+        patterns: for each, the pattern by which Transformers' converter takes it; None where it is only renamed.
+        targets: the model tensors' names.
+    """
 
     sources: tuple[str, ...]
+    patterns: tuple[str | None, ...]
     targets: tuple[str, ...]
 
 
@@ -72,13 +77,14 @@ class ConversionPlan:
 @dataclass
 class _Unit:
     sources: list[str] = field(default_factory=list)
+    patterns: list[str | None] = field(default_factory=list)
     targets: dict[str, None] = field(default_factory=dict)
 
 
 class MetaModel:
     """A causal language model on the meta device that converts its checkpoint's tensors unit by unit.
 
-    Not thread-safe: conversion goes through the model's modules.
+    Not thread-safe.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: Dtype) -> None:
@@ -98,14 +104,13 @@ class MetaModel:
         except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
             raise ModelUnsupported(f"Transformers cannot build this model from its config: {error}") from error
         self._state: dict[str, torch.Tensor] = self._model.state_dict()
-        self._mapping = [
-            entry
-            for entry in get_model_conversion_mapping(self._model)
-            if isinstance(entry, WeightConverter | WeightRenaming)
-        ]
-        self._load_config = LoadStateDictConfig(
-            dtype=torch_dtype, dtype_plan=self._model._get_dtype_plan(torch_dtype), weight_mapping=self._mapping
-        )
+        mapping = get_model_conversion_mapping(self._model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._converter_of = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+        kept = self._model._get_dtype_plan(torch_dtype)
+        assert set(kept.values()) <= {torch.float32}, "Transformers keeps parameters in float32 or not at all"
+        self._kept_dtypes = build_glob_alternation(list(kept))[0] if kept else None
         self.dtype = dtype
         self.experts = tuple(_experts_modules(self._model))
 
@@ -178,62 +183,67 @@ class MetaModel:
                     "promoe cannot pack such a checkpoint a layer at a time."
                 )
             layers[layer].append(unit)
-        in_order = (_in_order(layer_units, order) for layer_units in layers)
-        return ConversionPlan(tuple(in_order), tuple(dense), tuple(unexpected))
+        in_order = (sorted(layer_units, key=lambda unit: order[unit.targets[0]]) for layer_units in layers)
+        return ConversionPlan(tuple(tuple(layer) for layer in in_order), tuple(dense), tuple(unexpected))
 
-    def convert(self, units: Iterable[ConversionUnit], tensors: Mapping[str, TensorOnDisk]) -> dict[str, torch.Tensor]:
-        """The model tensors that these units make, on the CPU.
+    def convert(self, unit: ConversionUnit, read: TensorReader) -> dict[str, torch.Tensor]:
+        """The model tensors that this unit makes, on the CPU.
 
-        Tensors that need no conversion stay views of the checkpoint's files.
+        A tensor that is only renamed and has the right dtype stays what `read` returned.
 
         Raises:
             PackDamaged: the checkpoint's tensors do not fit together or have other shapes than the config says.
         """
-        units = tuple(units)
-        sources = {key: tensors[key] for unit in units for key in unit.sources}
+        dtype = self._dtype_of(unit.targets[0])
+        patterns = [pattern for pattern in unit.patterns if pattern is not None]
+        if not patterns:
+            made = {unit.targets[0]: read(unit.sources[0]).to(dtype)}
+        elif len(patterns) == len(unit.patterns):
+            made = self._fused(unit, patterns, read, dtype)
+        else:
+            raise PackDamaged(f"The checkpoint holds {unit.targets[0]} twice: in one piece and in parts.")
+        for target in unit.targets:
+            if target not in made:
+                raise PackDamaged(f"The checkpoint's tensors do not make {target}: some are missing.")
+            found, expected = tuple(made[target].shape), tuple(self._state[target].shape)
+            if found != expected:
+                raise PackDamaged(
+                    f"The checkpoint's {target} has shape {found} where its config asks for {expected}. "
+                    "It is incomplete or does not belong to its config.json."
+                )
+        return made
+
+    def _fused(
+        self, unit: ConversionUnit, patterns: list[str], read: TensorReader, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """Runs the family's converter over the unit, as `convert_and_load_state_dict_in_model` would."""
+        converter = deepcopy(self._converter_of[patterns[0]])
+        for key, pattern in zip(unit.sources, patterns, strict=True):
+            # Its annotation says Future; plain tensors are what saving a model gives it (`materialize_tensors`).
+            converter.add_tensor(unit.targets[0], key, pattern, read(key).to(dtype))  # type: ignore[arg-type]
         try:
-            info, _ = convert_and_load_state_dict_in_model(self._model, sources, self._load_config, None)
-            if info.conversion_errors:
-                name, text = next(iter(info.conversion_errors.items()))
-                raise PackDamaged(
-                    f"The checkpoint's tensors for {name} do not fit together: {text.strip().splitlines()[-2:]}. "
-                    "It is damaged or does not belong to its config.json."
-                )
-            for name, found, expected in sorted(info.mismatched_keys):
-                raise PackDamaged(
-                    f"The checkpoint's {name} has shape {tuple(found)} where its config asks for {tuple(expected)}. "
-                    "It is damaged or does not belong to its config.json."
-                )
-            return {target: self._take(target) for unit in units for target in unit.targets}
-        finally:
-            for unit in units:
-                for target in unit.targets:
-                    self._forget(target)
+            with torch.no_grad():
+                made = converter.convert(unit.targets[0], model=self._model, config=self._model.config)
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            raise PackDamaged(
+                f"The checkpoint's {len(unit.sources)} tensors for {unit.targets[0]} do not fit together ({error}): "
+                "some are missing or of another shape."
+            ) from error
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def _take(self, target: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._model.get_parameter_or_buffer(target).detach()
-        if tensor.device.type == "meta":
-            raise PackDamaged(f"The checkpoint's tensors do not make {target}; it lacks some of them.")
-        return tensor
-
-    def _forget(self, target: str) -> None:
-        """Puts the meta tensor back, so that the model holds no weights between two calls."""
-        module_name, _, name = target.rpartition(".")
-        module = self._model.get_submodule(module_name)
-        meta = self._state[target]
-        slots: dict[str, torch.Tensor | None] = module._buffers if name in module._buffers else module._parameters  # type: ignore[assignment]
-        slots[name] = meta if name in module._buffers else torch.nn.Parameter(meta, requires_grad=False)
+    def _dtype_of(self, target: str) -> torch.dtype:
+        """As Transformers loads it: what the family keeps in float32 first, then the built parameter's own."""
+        if self._kept_dtypes is not None and self._kept_dtypes.search(target):
+            return torch.float32
+        return self._state[target].dtype
 
     def _units(self, keys: Iterable[str]) -> tuple[list[ConversionUnit], list[str]]:
         """Groups keys by what they become; the loop mirrors that of `convert_and_load_state_dict_in_model`."""
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         prefix = self._model.base_model_prefix
         units: dict[str, _Unit] = {}
         unexpected: list[str] = []
         for key in sorted(keys, key=dot_natural_key):
-            renamed, pattern = rename_source_key(key, renamings, converters, prefix, self._state)
+            renamed, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._state)
             if renamed not in self._state and key in self._state:
                 renamed, pattern = rename_source_key(key, [], [], prefix, self._state)
             if renamed not in self._state:
@@ -241,10 +251,12 @@ class MetaModel:
                 continue
             unit = units.setdefault(renamed, _Unit())
             unit.sources.append(key)
-            names = converter_of[pattern].target_patterns if pattern is not None else [renamed]
+            unit.patterns.append(pattern)
+            names = self._converter_of[pattern].target_patterns if pattern is not None else [renamed]
             for name in names:
                 unit.targets[renamed.replace(names[0], name)] = None
-        return [ConversionUnit(tuple(u.sources), tuple(u.targets)) for u in units.values()], unexpected
+        listed = [ConversionUnit(tuple(u.sources), tuple(u.patterns), tuple(u.targets)) for u in units.values()]
+        return listed, unexpected
 
     def _refuse_missing(self, units: list[ConversionUnit]) -> None:
         made = {target for unit in units for target in unit.targets}
@@ -268,28 +280,6 @@ class MetaModel:
                 f"The checkpoint holds {len(experts)} expert tensors that its config.json has no place for, for "
                 f"example {experts[0]}."
             )
-
-
-def _in_order(units: list[ConversionUnit], order: Mapping[str, int]) -> tuple[ConversionUnit, ...]:
-    """A layer's units so that their targets come in the parameters' order; one unit if they interleave."""
-    ordered = sorted(units, key=lambda unit: order[unit.targets[0]])
-    made = [target for unit in ordered for target in unit.targets]
-    if made == sorted(set(made), key=order.__getitem__):
-        return tuple(ordered)
-    sources = tuple(key for unit in ordered for key in unit.sources)
-    return (ConversionUnit(sources, tuple(sorted(set(made), key=order.__getitem__))),)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bar per converted tensor while packing shows its own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def packed_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> Dtype:

@@ -3,7 +3,7 @@
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ import torch
 import transformers
 import xxhash
 
-from expert_store.pack.checkpoint import Checkpoint, TensorOnDisk
+from expert_store.pack.checkpoint import Checkpoint, TensorReader
 from expert_store.pack.dense_folder import DenseFolderWriter
 from expert_store.pack.families import no_experts
 from expert_store.pack.journal import PackJournal, locked_pack_folder
 from expert_store.pack.layer_file import LayerFileWriter
-from expert_store.pack.meta_model import ConversionPlan, MetaModel, load_config, packed_dtype, quiet_transformers
+from expert_store.pack.meta_model import ConversionPlan, MetaModel, load_config, packed_dtype
 from expert_store.pack.model_geometry import model_spec
 from expert_store.pack.model_source import find_checkpoint
 from expert_store.pack.progress import NoProgress, PackProgress
@@ -58,17 +58,16 @@ def pack_checkpoint(
         AlreadyRunning: another process packs into it.
         ResourceExhausted: the disk is full; calling again with more room goes on.
     """
-    with quiet_transformers():
-        checkpoint = find_checkpoint(model)
-        config = load_config(checkpoint.folder)
-        meta = MetaModel(config, dtype or packed_dtype(config, checkpoint))
-        if not meta.experts:
-            raise no_experts(checkpoint.name, checkpoint.config)
-        packing = _Packing(
-            checkpoint, meta, meta.plan(checkpoint.tensors), meta.layout(), Path(pack_dir), progress or NoProgress()
-        )
-        with locked_pack_folder(packing.pack_dir), _full_disk_is_a_sentence(packing.pack_dir):
-            return packing.run()
+    checkpoint = find_checkpoint(model)
+    config = load_config(checkpoint.folder)
+    meta = MetaModel(config, dtype or packed_dtype(config, checkpoint))
+    if not meta.experts:
+        raise no_experts(checkpoint.name, checkpoint.config)
+    packing = _Packing(
+        checkpoint, meta, meta.plan(checkpoint.tensors), meta.layout(), Path(pack_dir), progress or NoProgress()
+    )
+    with locked_pack_folder(packing.pack_dir), _full_disk_is_a_sentence(packing.pack_dir):
+        return packing.run()
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,11 @@ class _Packing:
         return self.model.experts[0].num_experts * self.layout.blob_stride_nbytes
 
     @property
+    def layer_weights_nbytes(self) -> int:
+        """Without what lies between tensors and blobs."""
+        return self.model.experts[0].num_experts * sum(slot.nbytes for slot in self.layout.tensors)
+
+    @property
     def dense_nbytes(self) -> int:
         return sum(self.model.state_nbytes(target) for unit in self.plan.dense for target in unit.targets)
 
@@ -101,19 +105,23 @@ class _Packing:
         if dense is not None and damaged_files(self.pack_dir, dense):
             dense = None
         missing = [layer for layer in range(len(self.model.experts)) if layer not in finished]
-        todo_nbytes = len(missing) * self.layer_nbytes + (0 if dense is not None else self.dense_nbytes)
-        self._refuse_small_disk(todo_nbytes)
+        dense_todo_nbytes = 0 if dense is not None else self.dense_nbytes
+        self._refuse_small_disk(dense_todo_nbytes + len(missing) * self.layer_nbytes)
         if self.plan.ignored:
             self.progress.note(
                 f"The model has no place for {len(self.plan.ignored)} tensors of the checkpoint, for example "
                 f"{self.plan.ignored[0]}; they are left out, as Transformers does."
             )
-        self.progress.begin(f"Packing {self.checkpoint.name}", todo_nbytes)
-        with self.checkpoint.open() as tensors:
+        self.progress.begin(
+            f"Packing {self.checkpoint.name}",
+            dense_todo_nbytes + len(missing) * self.layer_weights_nbytes,
+            len(missing),
+        )
+        with self.checkpoint.open() as read:
             if dense is None:
-                dense = self._pack_dense(tensors)
+                dense = self._pack_dense(read)
                 journal.record_dense(dense)
-            finished |= self._pack_layers(missing, tensors, journal)
+            finished |= self._pack_layers(missing, read, journal)
         manifest = self._manifest(finished, dense)
         manifest.write(self.pack_dir)
         journal.close()
@@ -138,7 +146,7 @@ class _Packing:
         claims = {layer: sums for layer, sums in claimed.items() if sums is not None}
         if not claims:
             return {}
-        self.progress.begin("Checking what is already packed", len(claims) * self.layer_nbytes)
+        self.progress.begin("Checking what is already packed", len(claims) * self.layer_nbytes, len(claims))
         damaged = damaged_experts(self.pack_dir, self.layout, claims, self.progress)
         bad_layers = {expert.layer for expert in damaged}
         return {layer: sums for layer, sums in claims.items() if layer not in bad_layers}
@@ -151,15 +159,13 @@ class _Packing:
                 f"{free_nbytes / 1e9:.2f} GB are free. Make room or give a folder on another disk."
             )
 
-    def _pack_dense(self, tensors: Mapping[str, TensorOnDisk]) -> dict[str, str]:
+    def _pack_dense(self, read: TensorReader) -> dict[str, str]:
         writer = DenseFolderWriter(self.model, self.pack_dir)
-        for nbytes in writer.write(self.plan.dense, tensors, self.checkpoint.folder):
+        for nbytes in writer.write(self.plan.dense, read, self.checkpoint.folder):
             self.progress.advance(nbytes)
         return writer.checksums()
 
-    def _pack_layers(
-        self, layers: list[int], tensors: Mapping[str, TensorOnDisk], journal: PackJournal
-    ) -> dict[int, tuple[str, ...]]:
+    def _pack_layers(self, layers: list[int], read: TensorReader, journal: PackJournal) -> dict[int, tuple[str, ...]]:
         """Three stages, each in one thread: convert (here), write with checksums, make durable."""
         room = Semaphore(_TENSORS_IN_FLIGHT)
         finishing: list[tuple[int, Future[tuple[str, ...]]]] = []
@@ -173,16 +179,16 @@ class _Packing:
                 for unit in self.plan.layers[layer]:
                     room.acquire()
                     _raise_first_failure([*puts, *(future for _, future in finishing)])
-                    converted = tuple(self.model.convert([unit], tensors).values())
+                    converted = self.model.convert(unit, read)
                     puts.append(writing.submit(self._put, writer, converted, room))
                     del converted
                 finishing.append((layer, syncing.submit(self._finish, writer, puts, layer, journal)))
             return {layer: future.result() for layer, future in finishing}
 
-    def _put(self, writer: LayerFileWriter, converted: tuple[torch.Tensor, ...], room: Semaphore) -> None:
+    def _put(self, writer: LayerFileWriter, converted: dict[str, torch.Tensor], room: Semaphore) -> None:
         try:
-            for tensor in converted:
-                writer.put(tensor)
+            for target, tensor in converted.items():
+                writer.put(target.rpartition(".")[2], tensor)
                 self.progress.advance(tensor.nbytes)
         finally:
             room.release()
@@ -194,6 +200,7 @@ class _Packing:
             put.result()
         checksums = writer.finish()
         journal.record_layer(layer, checksums)
+        self.progress.finish_layer()
         return checksums
 
     def _manifest(self, checksums: dict[int, tuple[str, ...]], dense: dict[str, str]) -> PackManifest:

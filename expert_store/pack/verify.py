@@ -40,7 +40,7 @@ def verify_pack(pack_dir: Path, progress: PackProgress | None = None) -> PackMan
     told = progress or NoProgress()
     manifest = read_manifest(pack_dir)
     spec = manifest.spec
-    told.begin("Checking the pack", spec.num_blobs * spec.layout.blob_stride_nbytes)
+    told.begin("Checking the pack", spec.num_blobs * spec.layout.blob_stride_nbytes, spec.num_moe_layers)
     experts = damaged_experts(pack_dir, spec.layout, dict(enumerate(manifest.blob_checksums)), told)
     files = damaged_files(pack_dir, manifest.dense_checksums)
     found = [f"{expert} in {layer_file(pack_dir, expert.layer).name}" for expert in experts] + files
@@ -61,7 +61,9 @@ def damaged_experts(
     """The experts of these layers whose bytes are not those that were written, read by several threads."""
 
     def check(layer: int) -> list[ExpertId]:
-        return _damaged_in_layer(pack_dir, layout, layer, checksums_by_layer[layer], progress)
+        damaged = _damaged_in_layer(pack_dir, layout, layer, checksums_by_layer[layer], progress)
+        progress.finish_layer()
+        return damaged
 
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "pack-verify") as pool:
         return [expert for damaged in pool.map(check, sorted(checksums_by_layer)) for expert in damaged]
