@@ -4,8 +4,7 @@ import asyncio
 import logging
 import os
 import socket
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -129,13 +128,6 @@ def run(body: Callable[[], Awaitable[_T]]) -> _T:
         return await asyncio.wait_for(body(), 2 * DEADLINE_S)
 
     return asyncio.run(bounded())
-
-
-@pytest.fixture
-def socket_dir() -> Iterator[Path]:
-    """A folder with a path short enough for unix sockets."""
-    with tempfile.TemporaryDirectory(prefix="promoe") as folder:
-        yield Path(folder)
 
 
 @pytest.mark.parametrize("error_type", [row[0] for row in STATUS_OF_ERROR])
