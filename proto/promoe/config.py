@@ -69,6 +69,10 @@ class Settings:
                 raise ValueError(f"{name}.{field.name} is missing; it has no default")
         return config_type(**values)
 
+    def asked(self, section: str, key: str) -> object | None:
+        """What was asked for, unchecked, or None; for a process that only passes another one's settings on."""
+        return self._tables.get(section, {}).get(key)
+
     def _read(self, path: Path) -> None:
         try:
             document = tomllib.loads(path.read_text())

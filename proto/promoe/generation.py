@@ -37,6 +37,7 @@ class FinishReason(Enum):
     STOP_STRING = "stop_string"
     STOP_TOKEN = "stop_token"
     MAX_TOKENS = "max_tokens"
+    CONTEXT_FULL = "context_full"
     CANCELLED = "cancelled"
 
 

@@ -42,6 +42,10 @@ _CONNECTION_ERRORS = (
 )
 
 
+class Unreachable(Unavailable):
+    """Nobody answers at the endpoint, or the connection broke."""
+
+
 class AnswerCall(Protocol):
     """An open Generate call."""
 
@@ -219,7 +223,8 @@ def readable_error(error: grpc.RpcError, endpoint: str) -> PromoeError:
     mapped = domain_error(error)
     text = str(mapped)
     if isinstance(mapped, Unavailable) and any(words in text for words in _CONNECTION_ERRORS):
-        return Unavailable(f"There is no connection to {endpoint} ({text.rstrip('.')}).")
+        # "failed to connect to all addresses; last error: UNKNOWN: …: Connection refused (111)": the end says it.
+        return Unreachable(f"There is no connection to {endpoint} ({text.rstrip('.').rpartition(': ')[2]}).")
     if isinstance(mapped, DeadlineExceeded) and text == "Deadline Exceeded":
         return DeadlineExceeded(f"{endpoint} did not answer in time.")
     return mapped

@@ -1,0 +1,207 @@
+"""A whole stack on this machine: packs, starts, watches and stops its services, and says how it goes."""
+
+import os
+import time
+from typing import Final
+
+from promoe.cli.figures import node_figures
+from promoe.cli.quantity import format_nbytes, format_s
+from promoe.cli.run_dir import RunDir, StackState
+from promoe.cli.stack_plan import StackPlan
+from promoe.cli.stack_view import PhaseLine, PhaseState, StackStatus, StackView
+from promoe.cli.stop_signals import StopSignals
+from promoe.cli.store_calls import FillState, StoreInfo, store_info
+from promoe.cli.supervisor import Service, ServiceState
+from promoe.cli.tool_run import make_pack
+from promoe.client import Client
+from promoe.errors import DeadlineExceeded, Overloaded, PromoeError, Unavailable
+from promoe.node_report import NodeInfo
+from promoe.retry import RetryPolicy
+
+_POLL_S: Final = 0.1
+_PROBE_DEADLINE_S: Final = 1.0
+_FIGURES_INTERVAL_S: Final = 1.0
+_ONCE: Final = RetryPolicy(max_attempts=1)
+# A probe of a service that is starting, restarting or busy.
+_NOT_NOW: Final = (Unavailable, Overloaded, DeadlineExceeded)
+
+
+class Stack:
+    """The expert store and the compute node of one run folder, which the caller holds."""
+
+    def __init__(self, plan: StackPlan, run_dir: RunDir, view: StackView, stop: StopSignals) -> None:
+        self.plan = plan
+        self._run_dir = run_dir
+        self._view = view
+        self._stop = stop
+        self._store = Service(plan.store)
+        self._node = Service(plan.node)
+        self._phases = {name: PhaseLine(name) for name in ("pack", "fill", "load", "ready")}
+        self._footer = ""
+        self._begin_s = time.perf_counter()
+        self._started_unix_s = time.time()
+        self._next_figures_s = 0.0
+
+    def bring_up(self) -> bool:
+        """Packs if need be, fills, loads; returns True when the stack serves, False when a signal came before.
+
+        Raises:
+            PromoeError: something failed; its last words are in the text.
+        """
+        try:
+            return self._bring_pack() and self._bring_services()
+        except PromoeError:
+            for line in self._phases.values():
+                if line.state is PhaseState.RUNNING:
+                    self._show(line.name, PhaseState.FAILED, "failed")
+            raise
+
+    def watch(self) -> None:
+        """One look at the running stack: restarts what crashed, refreshes the figures. Call it often.
+
+        Raises:
+            Unavailable: a service crashed too often.
+        """
+        for service in (self._store, self._node):
+            crashes_before = service.num_crashes
+            service.watch()
+            if service.num_crashes > crashes_before:
+                self._view.note(f"{service.obituary()}\nIt is being restarted.")
+                self._show("ready", PhaseState.RUNNING, f"restarting the {service.command.name}")
+        if time.perf_counter() >= self._next_figures_s:
+            self._next_figures_s = time.perf_counter() + _FIGURES_INTERVAL_S
+            self._refresh_figures()
+
+    def take_down(self) -> None:
+        """Stops the node (it drains) and then the store; a second signal kills them."""
+        self._footer = ""
+        for service in (self._node, self._store):
+            if not service.is_gone:
+                self._show("ready", PhaseState.RUNNING, f"stopping the {service.command.name} (Ctrl-C again: at once)")
+                self._run_dir.write_state(self._state("stop"))
+                self._stop_service(service)
+            service.kill()
+        if self._phases["ready"].state is PhaseState.RUNNING:
+            self._show("ready", PhaseState.DONE, "stopped")
+
+    def _stop_service(self, service: Service) -> None:
+        """Waits until it has stopped, its deadline has passed, or a second signal came."""
+        end_s = time.perf_counter() + service.command.stop_deadline_s
+        service.terminate()
+        while not service.is_gone and not self._stop.asked_twice:
+            if time.perf_counter() >= end_s:
+                self._view.note(f"The {service.command.name} did not stop by itself and is killed.")
+                return
+            self._stop.wait(_POLL_S)
+
+    def _bring_pack(self) -> bool:
+        pack = self.plan.pack
+        if pack.steps:
+            self._show("pack", PhaseState.RUNNING, f"{pack.model}, on first use, to {pack.pack_dir}")
+            self._view.pause()
+            if not make_pack(pack, self._stop):
+                return False
+        self._show("pack", PhaseState.DONE, f"{pack.model} in {pack.pack_dir}")
+        return True
+
+    def _bring_services(self) -> bool:
+        self._begin_s = time.perf_counter()
+        self._store.start()
+        full = serving = False
+        while not (full and serving):
+            if self._stop.asked:
+                return False
+            self._store.check_alive()
+            full = full or self._look_at_fill()
+            if self._node.state is ServiceState.RUNNING:
+                self._node.check_alive()
+                serving = serving or self._look_at_load()
+            self._stop.wait(_POLL_S)
+        self._show_ready()
+        return True
+
+    def _look_at_fill(self) -> bool:
+        """True when every expert is in the arena. The node is started as soon as the store answers."""
+        try:
+            info = store_info(self._run_dir.store_endpoint, _PROBE_DEADLINE_S)
+        except _NOT_NOW:
+            self._show("fill", PhaseState.RUNNING, "starting the expert store")
+            return False
+        if self._node.state is ServiceState.STOPPED:
+            self._node.start()
+        if info.fill_state is FillState.FULL:
+            self._show("fill", PhaseState.DONE, f"{format_nbytes(info.total_bytes)} of experts in shared memory")
+            return True
+        self._show("fill", PhaseState.RUNNING, _fill_phrase(info), info.filled_bytes / max(info.total_bytes, 1))
+        return False
+
+    def _look_at_load(self) -> bool:
+        elapsed_s = time.perf_counter() - self._begin_s
+        with Client(self.plan.endpoint, _ONCE) as client:
+            try:
+                client.wait_until_ready(_POLL_S)
+            except _NOT_NOW:
+                self._show("load", PhaseState.RUNNING, f"loading the model into the compute node ({elapsed_s:.0f} s)")
+                return False
+        self._show("load", PhaseState.DONE, f"model loaded, {format_s(elapsed_s)} after the start")
+        return True
+
+    def _show_ready(self) -> None:
+        with Client(self.plan.endpoint, _ONCE) as client:
+            self._show("ready", PhaseState.DONE, ready_phrase(self.plan.endpoint, client.info()))
+
+    def _refresh_figures(self) -> None:
+        services_run = self._store.state is self._node.state is ServiceState.RUNNING
+        try:
+            with Client(self.plan.endpoint, _ONCE) as client:
+                figures = node_figures(client.cache_stats(deadline_s=_PROBE_DEADLINE_S))
+            if services_run and self._phases["ready"].state is PhaseState.RUNNING:
+                store_info(self._run_dir.store_endpoint, _PROBE_DEADLINE_S)
+                self._show_ready()
+        except _NOT_NOW:
+            return
+        self._footer = f"{figures}\nlogs in {self._run_dir.path} · Ctrl-C stops"
+        self._view.show(self._status())
+
+    def _show(self, name: str, state: PhaseState, detail: str, fraction: float | None = None) -> None:
+        line = PhaseLine(name, state, detail, fraction)
+        former = self._phases[name]
+        self._phases[name] = line
+        if line != former:
+            if line.state is not former.state:
+                self._run_dir.write_state(self._state(name))
+            self._view.show(self._status())
+
+    def _status(self) -> StackStatus:
+        return StackStatus(tuple(self._phases.values()), self._footer)
+
+    def _state(self, phase: str) -> StackState:
+        pack = self.plan.pack
+        return StackState(
+            pid=os.getpid(),
+            phase=phase,
+            endpoint=self.plan.endpoint,
+            store_endpoint=self._run_dir.store_endpoint,
+            model=pack.model,
+            pack=str(pack.pack_dir),
+            started_unix_s=self._started_unix_s,
+        )
+
+
+def ready_phrase(endpoint: str, info: NodeInfo) -> str:
+    """What is served, where, and with how much of it on the device."""
+    model, shape = info.model, info.expert_cache
+    link = ""
+    if info.device.emulated_link_bytes_per_s:
+        link = f", emulated link of {format_nbytes(info.device.emulated_link_bytes_per_s)}/s"
+    return (
+        f"{model.name} on {endpoint} ({info.device.kind}{link}): {shape.slots_per_layer} of {model.num_experts} "
+        f"experts per layer on the device (cache rate {shape.cache_rate:.3g}, {shape.eviction})"
+    )
+
+
+def _fill_phrase(info: StoreInfo) -> str:
+    if info.fill_state is FillState.ADOPTING:
+        return "waiting for a compute node to hand the arena back"
+    share = 100 * info.filled_bytes / max(info.total_bytes, 1)
+    return f"{share:.0f} % of {format_nbytes(info.total_bytes)} of experts"

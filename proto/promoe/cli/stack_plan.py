@@ -1,0 +1,117 @@
+"""What one machine's stack consists of: the pack and the command lines of its services. Decides, starts nothing."""
+
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from promoe.cli.pack_cache import PackPlan
+from promoe.cli.run_dir import DEFAULT_LISTEN, RunDir
+from promoe.cli.supervisor import ServiceCommand
+from promoe.config import Settings
+from promoe.errors import AlreadyRunning, InvalidInput
+
+# A service stops by itself within its own drain deadline; only then do we lose patience.
+_STORE_STOP_DEADLINE_S: Final = 15.0
+_NODE_STOP_DEADLINE_S: Final = 60.0
+_STOP_SLACK_S: Final = 10.0
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """What to run.
+
+    Attributes:
+        pack: how the model becomes a pack.
+        endpoint: where clients on this machine find the compute node.
+        store: the expert store's command.
+        node: the compute node's command.
+    """
+
+    pack: PackPlan
+    endpoint: str
+    store: ServiceCommand
+    node: ServiceCommand
+
+
+def plan_stack(pack: PackPlan, run_dir: RunDir, config: Path | None, assignments: Sequence[str]) -> StackPlan:
+    """Puts the command lines together; what the person asked for comes first, what the stack needs overrides it.
+
+    Raises:
+        ValueError: the configuration cannot be read.
+        InvalidInput: the address to listen on is none.
+    """
+    settings = Settings(config, assignments)
+    listen = _with_port(str(settings.asked("compute", "listen") or DEFAULT_LISTEN))
+    asked = (*(("--config", str(config.absolute())) if config else ()), *_set_flags(assignments))
+    both = {"store.pack": str(pack.pack_dir), "compute.pack": str(pack.pack_dir)}
+    needs = {
+        **both,
+        "store.run_dir": str(run_dir.path),
+        "store.listen": run_dir.store_endpoint,
+        "compute.store_endpoint": run_dir.store_endpoint,
+        "compute.listen": listen,
+    }
+    # JSON strings are TOML strings: a path that looks like a number stays text.
+    arguments = (*asked, *_set_flags([f"{key}={json.dumps(value)}" for key, value in needs.items()]))
+    drain_s = settings.asked("compute", "drain_deadline_s")
+    node_stop_s = drain_s + _STOP_SLACK_S if isinstance(drain_s, int | float) else _NODE_STOP_DEADLINE_S
+    return StackPlan(
+        pack=pack,
+        endpoint=_reachable(listen),
+        store=ServiceCommand("expert store", "expert_store", arguments, run_dir.log("store"), _STORE_STOP_DEADLINE_S),
+        node=ServiceCommand("compute node", "compute_node", arguments, run_dir.log("node"), node_stop_s),
+    )
+
+
+def check_port_free(endpoint: str) -> None:
+    """Finds out before minutes of packing and filling.
+
+    Raises:
+        AlreadyRunning: somebody listens there.
+    """
+    if endpoint.startswith("unix:"):
+        return
+    host, port = _split(endpoint)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise AlreadyRunning(
+                f"{endpoint} cannot be listened on ({error.strerror}); give another --listen."
+            ) from error
+
+
+def _set_flags(assignments: Sequence[str]) -> list[str]:
+    return [text for assignment in assignments for text in ("--set", assignment)]
+
+
+def _split(listen: str) -> tuple[str, int]:
+    host, separator, port = listen.rpartition(":")
+    if not separator or not port.isdecimal() or int(port) > 65535:
+        raise InvalidInput(f"{listen!r} is not an address to listen on; write host:port or unix:PATH.")
+    return host.strip("[]"), int(port)
+
+
+def _with_port(listen: str) -> str:
+    """Takes a free port where port 0 asks for one, so that clients can be told before the node is up."""
+    if listen.startswith("unix:"):
+        return listen
+    host, port = _split(listen)
+    if port != 0:
+        return listen
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        port = probe.getsockname()[1]
+    return f"{listen.rpartition(':')[0]}:{port}"
+
+
+def _reachable(listen: str) -> str:
+    """Listening on every interface is reached over the loopback one."""
+    for everywhere, loopback in (("0.0.0.0:", "127.0.0.1:"), ("[::]:", "[::1]:")):
+        if listen.startswith(everywhere):
+            return loopback + listen.removeprefix(everywhere)
+    return listen

@@ -1,0 +1,81 @@
+"""Makes a pack by running its steps one after the other, each on our terminal where it draws its own progress."""
+
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from promoe.cli.pack_cache import PackPlan, ToolCommand
+from promoe.cli.stop_signals import StopSignals
+from promoe.cli.supervisor import launch_arguments
+from promoe.errors import Unavailable
+from promoe.pack_manifest import MANIFEST_FILE
+
+_POLL_S: Final = 0.1
+_STOP_DEADLINE_S: Final = 5.0
+
+
+def make_pack(plan: PackPlan, stop: StopSignals) -> bool:
+    """Runs the steps unless another promoe has just made the same pack.
+
+    Returns:
+        False when a signal came before the pack was there; what was done is kept.
+
+    Raises:
+        Unavailable: a step failed.
+    """
+    plan.pack_dir.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(plan.pack_dir.with_name(f"{plan.pack_dir.name}.lock"), stop) as is_alone:
+        if not is_alone:
+            return False
+        if (plan.pack_dir / MANIFEST_FILE).is_file():
+            return True
+        return all(_run_step(step, stop) for step in plan.steps)
+
+
+def _run_step(step: ToolCommand, stop: StopSignals) -> bool:
+    process = subprocess.Popen(
+        launch_arguments(step.module, step.arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        process_group=0,
+    )
+    try:
+        while process.poll() is None:
+            if stop.asked:
+                return False
+            stop.wait(_POLL_S)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(_STOP_DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    if process.returncode != 0:
+        raise Unavailable(f"“{step.title}” failed with exit code {process.returncode}; what it said is above.")
+    return True
+
+
+@contextmanager
+def _alone(path: Path, stop: StopSignals) -> Iterator[bool]:
+    """Holds a lock file; gives False when a signal came while another process held it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if stop.asked:
+                    yield False
+                    return
+                stop.wait(_POLL_S)
+            else:
+                yield True
+                return
+    finally:
+        os.close(fd)
