@@ -27,8 +27,8 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from compute_node.batch_requests import BatchRequests
 from compute_node.engine import StepObserver
+from compute_node.running_request import STEP_FAILURES, step_failure
 from compute_node.sampling import SampledToken
-from promoe.errors import PromoeError, ResourceExhausted
 
 KV_BLOCK_TOKENS: Final = 32
 """Tokens of one KV block; shared prefixes are multiples of it."""
@@ -126,9 +126,9 @@ class BatchLoop(ContinuousBatchingManager):
             self.cancel_request(request_id)
         try:
             return bool(super()._generation_loop_body(batch_processor, bootstrapping))
-        except (PromoeError, torch.OutOfMemoryError) as error:
+        except STEP_FAILURES as error:
             # The forward pass raised, so no block of this step was marked complete: none of it can be shared.
-            self._requests.fail_step(_rows_of(batch_processor), _as_promoe_error(error))
+            self._requests.fail_step(_rows_of(batch_processor), step_failure(error))
             batch_processor.handle_batch_error(error)
             return True
 
@@ -154,12 +154,6 @@ def _rows_of(batch_processor: ContinuousBatchProcessor) -> list[FutureRequestSta
     step_tensors = batch_processor.inputs_and_outputs
     assert isinstance(step_tensors, ContinuousBatchingIOs), "double buffering is off"
     return list(step_tensors.requests_in_batch)
-
-
-def _as_promoe_error(error: PromoeError | torch.OutOfMemoryError) -> PromoeError:
-    if isinstance(error, PromoeError):
-        return error
-    return ResourceExhausted(f"The device ran out of memory in this request's step: {str(error).splitlines()[0]}")
 
 
 def build_batch_loop(model: PreTrainedModel, limits: BatchLimits) -> BatchLoop:

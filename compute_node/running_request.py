@@ -1,6 +1,7 @@
 """One request inside an engine: its sampler, what was drawn, and its events. Owned by the engine's thread."""
 
 from time import perf_counter
+from typing import Final
 
 import torch
 
@@ -15,7 +16,10 @@ from compute_node.engine import (
 )
 from compute_node.sampling import RowSampler, SampledToken
 from compute_node.step_ledger import RequestUse
-from promoe.errors import PromoeError
+from promoe.errors import PromoeError, ResourceExhausted
+
+STEP_FAILURES: Final = (PromoeError, torch.OutOfMemoryError)
+"""What may come out of a forward pass and ends only the requests in it; anything else is a bug and ends the engine."""
 
 
 class RunningRequest:
@@ -55,3 +59,10 @@ class RunningRequest:
     def fail(self, error: PromoeError) -> None:
         """The last event, instead of `end`."""
         self._sink(RequestFailed(error))
+
+
+def step_failure(error: PromoeError | torch.OutOfMemoryError) -> PromoeError:
+    """What the requests of a failed step are told."""
+    if isinstance(error, PromoeError):
+        return error
+    return ResourceExhausted(f"The device ran out of memory in this request's step: {str(error).splitlines()[0]}")

@@ -137,8 +137,8 @@ class RowSampler:
         uniform = torch.rand(1, generator=self._generator, dtype=torch.float64).to(scores_V.device)
         index = torch.searchsorted(cumulative_V, uniform * cumulative_V[-1], right=True)
         # Rounding may put the target on the very end, past the last token that has any probability.
-        last = (scores_V > -math.inf).nonzero()[-1:, 0]
-        drawn, total = torch.cat((torch.minimum(index, last).double(), cumulative_V[-1:])).tolist()[:2]
+        last = torch.searchsorted(cumulative_V, cumulative_V[-1:])
+        drawn, total = torch.cat((torch.minimum(index, last).double(), cumulative_V[-1:])).tolist()
         if not math.isfinite(total):
             raise InternalError("The model's logits are not numbers, so no token can be drawn from them.")
         return int(drawn)

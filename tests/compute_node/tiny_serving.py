@@ -57,7 +57,11 @@ def greedy_oracle(
     """Transformers' own `generate`."""
     ids = torch.tensor([list(prompt_ids)])
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=num_tokens, repetition_penalty=repetition_penalty, pad_token_id=0
+        do_sample=False,
+        max_new_tokens=num_tokens,
+        repetition_penalty=repetition_penalty,
+        eos_token_id=10**6,
+        pad_token_id=0,
     )
     # PreTrainedModel is the only type that all causal LMs share; it declares `generate` through __getattr__.
     sequences = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[operator]
