@@ -39,6 +39,11 @@ class AttachedArena:
         return HeldArena(self._mapping.geometry.uuid, self._mapping.fd) if self._mapping else None
 
     @property
+    def kind(self) -> str | None:
+        """The kind of what is mapped."""
+        return self._mapping.geometry.kind if self._mapping else None
+
+    @property
     def registered_nbytes(self) -> int:
         """Bytes that the device can copy from."""
         return self._mapping.registered_nbytes if self._mapping else 0

@@ -68,6 +68,10 @@ class StepRecorder:
             counters.tokens += tokens
             counters.steps += 1 if tokens else 0
 
+    def restart(self) -> None:
+        """Forgets what start-up did (trying the engine), so that the counters are the users'."""
+        self.phases = {phase: PhaseCounters() for phase in Phase}
+
     def record_layer(self, acquisition: Acquisition, ids_TK: np.ndarray) -> None:
         """Attributes one layer's hits, misses, bytes and stall.
 

@@ -28,6 +28,7 @@ class ComputeConfig:
     Attributes:
         pack: folder of the expert pack.
         store_endpoint: gRPC endpoint of the expert store, `unix:PATH` or `host:port`.
+        attach_deadline_s: how long start-up waits for the store to be filled.
         listen: gRPC endpoint to serve on; port 0 takes a free one.
         metrics_listen: `host:port` of the Prometheus page; empty for none.
         device: `auto`, `cuda` or `cpu`.
@@ -52,6 +53,7 @@ class ComputeConfig:
 
     pack: Path
     store_endpoint: str
+    attach_deadline_s: float = 1800.0
     listen: str = "127.0.0.1:50051"
     metrics_listen: str = ""
     device: DeviceChoice = DeviceChoice.AUTO
@@ -90,6 +92,7 @@ class ComputeConfig:
             "link_bytes_per_s": self.link_bytes_per_s,
             "num_threads": self.num_threads,
             "request_deadline_s": self.request_deadline_s,
+            "attach_deadline_s": self.attach_deadline_s,
         }
         for name, value in positive.items():
             if value is not None and not value > 0:

@@ -149,6 +149,7 @@ class ExpertCache:
     ) -> None:
         assert slots_SB.shape[0] == geometry.num_layers * geometry.slots_per_layer, "every layer has its slots"
         self.geometry = geometry
+        self.slots_SB = slots_SB
         self._device = device
         self._transfers = transfers
         self._source_address = source_address
@@ -235,6 +236,9 @@ class ExpertCache:
             self._lock.wait_for(lambda: slot.pins == 0 and slot.state is not SlotState.LOADING)
             if slot.doomed and slot.state is SlotState.READY:
                 self._forget(expert.layer, slot)
+
+    def blob_published(self, expert: ExpertId) -> None:
+        """Nothing to do: the next miss finds the blob."""
 
     def check_integrity(self) -> None:
         """Asserts what must hold between steps; called after each test."""

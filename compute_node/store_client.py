@@ -103,6 +103,11 @@ class StoreClient:
         return held.uuid if held else None
 
     @property
+    def arena_kind(self) -> str | None:
+        """The kind of the arena that is mapped."""
+        return self._arena.kind if self._arena else None
+
+    @property
     def instance_id(self) -> str:
         """This client's name in the store's table of leases."""
         return str(self._info.instance_id)

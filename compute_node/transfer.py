@@ -83,6 +83,7 @@ class TransferEngine:
         self._queue: deque[Load] = deque()
         self._in_flight: deque[CopyTicket] = deque()
         self._closing = False
+        self._link: Link | None = None
         self._uploaded_nbytes = 0
         self._link_busy_s = 0.0
         self._thread = threading.Thread(target=self._run, name="promoe-transfer", daemon=True)
@@ -141,6 +142,13 @@ class TransferEngine:
                 lambda: self._closing or all(load.state is not LoadState.COPYING for load in loads)
             )
 
+    @property
+    def link_description(self) -> str:
+        """How experts travel; waits for the thread to have opened the link."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._link is not None or self._closing)
+            return self._link.description if self._link is not None else "closed"
+
     def stats(self) -> TransferStats:
         """Counters since the start."""
         with self._condition:
@@ -148,7 +156,11 @@ class TransferEngine:
 
     def _run(self) -> None:
         try:
-            self._serve(self._open_link())
+            link = self._open_link()
+            with self._condition:
+                self._link = link
+                self._condition.notify_all()
+            self._serve(link)
         finally:
             # Whatever ended the thread, nobody waits for it any longer.
             with self._condition:

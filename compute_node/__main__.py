@@ -1,0 +1,88 @@
+"""`python -m compute_node`: reads the configuration, loads the model, wires the parts, serves until SIGTERM."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from compute_node.config import ComputeConfig
+from compute_node.node import ComputeNode
+from compute_node.service import SERVICE_NAME
+from promoe.config import LogConfig, Settings
+from promoe.errors import AlreadyRunning, PromoeError
+from promoe.rpc import RpcServer
+from promoe.telemetry import configure_logging
+from promoe.v1 import inference_pb2_grpc
+
+logger = logging.getLogger("compute_node")
+
+
+async def serve(config: ComputeConfig) -> None:
+    """Loads (nothing else is served meanwhile), then answers until SIGTERM or SIGINT.
+
+    Raises:
+        PromoeError: what keeps the node from serving.
+        ValueError: a setting that does not fit the model.
+    """
+    # Until the event loop is free to listen, a signal ends the process at once: nothing was accepted yet.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+    server = RpcServer((SERVICE_NAME,))
+    try:
+        endpoint = server.listen(config.listen)
+    except RuntimeError as error:
+        raise AlreadyRunning(f"{config.listen} cannot be listened on: another process has it. ({error})") from error
+    stop = asyncio.Event()
+    node = ComputeNode(config)
+    try:
+        service = node.start(on_death=stop.set, loop=asyncio.get_running_loop())
+        inference_pb2_grpc.add_InferenceServicer_to_server(service, server.server)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await server.start()
+        await server.set_serving(True)
+        logger.info("Serving %s at %s.", node.spec.name, endpoint)
+        await stop.wait()
+        logger.info("Draining: new requests are refused.")
+        await server.set_serving(False)
+        await node.drain()
+        await server.stop(grace_s=1.0)
+    finally:
+        node.close()
+    if node.has_died:
+        raise PromoeError("The engine died; the log above has the reason.")
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 after SIGTERM, 1 when the node cannot run, 2 for a wrong configuration."""
+    parser = argparse.ArgumentParser(
+        prog="python -m compute_node", description="Runs a packed model with an expert cache."
+    )
+    parser.add_argument("--config", type=Path, help="TOML file with a [compute] table")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides the file")
+    options = parser.parse_args(arguments)
+    try:
+        settings = Settings(options.config, options.set)
+        config = settings.section("compute", ComputeConfig)
+        configure_logging("compute_node", settings.section("log", LogConfig).level)
+        asyncio.run(serve(config))
+    except ValueError as error:
+        sys.stderr.write(f"compute_node: {error}\n")
+        return 2
+    except PromoeError as error:
+        sys.stderr.write(f"compute_node: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""One compute node: builds its parts in order, hands out the service, takes everything down again.
+
+The order is what a person waits for: pack and device, dense weights, memory plan, store, slots, first token.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Final
+from uuid import uuid4
+
+import torch
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from compute_node.admission import Admission, AdmissionLimits
+from compute_node.answer import Answerer
+from compute_node.batch_loop import BatchLimits
+from compute_node.cache_report import CacheReport
+from compute_node.cache_stats import CacheMetrics, StepRecorder
+from compute_node.config import ComputeConfig
+from compute_node.device.choice import ChosenDevice, choose_device
+from compute_node.engine import Engine
+from compute_node.engine_choice import EnginePlan, EngineStarter
+from compute_node.expert_path import ExpertPath
+from compute_node.memory_plan import MemoryNeeds, MemoryPlan, plan_memory
+from compute_node.model_loader import LoadedModel, load_model
+from compute_node.node_report import DeviceReport, NodeIdentity
+from compute_node.prompt import PromptCodec, PromptLimits
+from compute_node.request_metrics import RequestMetrics
+from compute_node.service import InferenceService
+from compute_node.step_ledger import StepLedger
+from compute_node.store_client import AttachProgress, StoreClient, StoreState
+from promoe import telemetry
+from promoe.errors import AlreadyRunning
+from promoe.ids import ExpertId
+from promoe.model_spec import ModelSpec
+from promoe.pack_manifest import DENSE_FOLDER, PackManifest
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_STEPS: Final = 10
+"""How many lines the log gets while the store fills."""
+
+
+class ComputeNode:
+    """Everything behind the Inference service.
+
+    Args:
+        config: what was asked for.
+
+    Raises:
+        PackDamaged, ModelNotFound: there is no usable pack.
+    """
+
+    def __init__(self, config: ComputeConfig) -> None:
+        self._config = config
+        self._manifest = PackManifest.read(config.pack)
+        self._closers = ExitStack()
+        self._registry = CollectorRegistry()
+        self._admission: Admission | None = None
+        self.has_died = False
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model it serves."""
+        return self._manifest.spec
+
+    def start(self, on_death: Callable[[], None], loop: asyncio.AbstractEventLoop) -> InferenceService:
+        """Loads and tries everything; blocks until the node can answer.
+
+        Args:
+            on_death: called on `loop` when the engine died; the node is of no use then.
+
+        Raises:
+            PromoeError, ValueError: what keeps it from serving.
+        """
+        config = self._config
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        chosen = choose_device(config.device, config.link_bytes_per_s)
+        logger.info("Device: %s (%s), %s.", chosen.device.kind, chosen.device.name, chosen.reason)
+        loaded = load_model(config.pack, self._manifest, chosen.device.torch_device)
+        needs = MemoryNeeds.of(loaded.model.config, self.spec, loaded.dense_nbytes, config)
+        plan = plan_memory(config, self.spec, needs, chosen.device.memory().free_nbytes)
+        logger.info("Memory plan: %s.", plan)
+        ledger = StepLedger()
+        recorder = StepRecorder(ledger, CacheMetrics.register(self._registry), chosen.device.take_compute_stall_s)
+        path, store = self._open_experts(chosen, plan)
+        path.install(loaded, self.spec, recorder)
+        path.expert_cache.warm()
+        metrics = RequestMetrics(self._registry)
+
+        def died() -> None:
+            self.has_died = True
+            loop.call_soon_threadsafe(on_death)
+
+        limits = BatchLimits(plan.num_kv_blocks, config.max_batch_tokens, config.max_concurrent_requests)
+        starter = EngineStarter(
+            loaded.model, ledger, EnginePlan(limits, plan.max_context_tokens), metrics.observe_step, died
+        )
+        engine, engine_reason = starter.start(config.engine)
+        self._closers.callback(engine.stop)
+        logger.info("Engine: %s. %s", engine.kind.value, engine_reason)
+        recorder.restart()
+        report = CacheReport(config, plan, path.expert_cache, path.transfers, recorder, store)
+        self._publish_metrics(report)
+        identity = NodeIdentity(
+            uuid4().hex, self.spec, engine.kind, engine_reason, _device_report(chosen, path, config.link_bytes_per_s)
+        )
+        return self._build_service(loaded, engine, plan, metrics, identity, report)
+
+    async def drain(self) -> None:
+        """Refuses new requests; finishes or, at the deadline, cancels the accepted ones."""
+        if self._admission is not None and not self.has_died:
+            await self._admission.drain(self._config.drain_deadline_s)
+
+    def close(self) -> None:
+        """Ends threads and gives the arena back, in the reverse order of `start`."""
+        self._closers.close()
+
+    def _open_experts(self, chosen: ChosenDevice, plan: MemoryPlan) -> tuple[ExpertPath, StoreClient]:
+        """Slots first, then the store, whose blobs they are loaded from."""
+        config = self._config
+
+        def source_address(expert: ExpertId) -> int:
+            return store.source_address(expert)
+
+        path = ExpertPath.build(self.spec, config, plan, chosen.device, source_address)
+        store = StoreClient(config.store_endpoint, self.spec.fingerprint, chosen.device.pinning, path.expert_cache)
+        store.attach(config.attach_deadline_s, _AttachLog())
+        self._closers.callback(store.close)
+        path.transfers.start()
+        self._closers.callback(path.transfers.close)
+        return path, store
+
+    def _build_service(
+        self,
+        loaded: LoadedModel,
+        engine: Engine,
+        plan: MemoryPlan,
+        metrics: RequestMetrics,
+        identity: NodeIdentity,
+        report: CacheReport,
+    ) -> InferenceService:
+        config = self._config
+        tokenizer = AutoTokenizer.from_pretrained(config.pack / DENSE_FOLDER)
+        assert isinstance(tokenizer, PreTrainedTokenizerBase), "AutoTokenizer makes tokenizers"
+        codec = PromptCodec(
+            tokenizer, PromptLimits(self.spec.vocab_size, plan.max_context_tokens, config.max_prompt_bytes)
+        )
+        self._admission = Admission(
+            engine,
+            AdmissionLimits(config.max_concurrent_requests, config.max_queued_requests, config.request_deadline_s),
+            metrics,
+        )
+        answerer = Answerer(self._admission, codec, _eos_token_ids(loaded, tokenizer), metrics)
+        return InferenceService(answerer, codec, self._admission, identity, report)
+
+    def _publish_metrics(self, report: CacheReport) -> None:
+        """The Prometheus page, where one is asked for."""
+        resident = Gauge(telemetry.RESIDENT_EXPERTS, "Experts that are READY in slots.", registry=self._registry)
+        resident.set_function(lambda: sum(layer.resident for layer in report.cache_counts().layers))
+        busy = Gauge(telemetry.LINK_BUSY_SECONDS, "Time the link was copying.", registry=self._registry)
+        busy.set_function(lambda: report.transfers.stats().link_busy_s)
+        attached = Gauge(telemetry.STORE_ATTACHED, "1 while the store is attached.", registry=self._registry)
+        attached.set_function(lambda: float(report.store.state is StoreState.ATTACHED))
+        if not self._config.metrics_listen:
+            return
+        host, _, port = self._config.metrics_listen.rpartition(":")
+        if not port.isdecimal():
+            raise ValueError(f"compute.metrics_listen is {self._config.metrics_listen!r}; expected host:port")
+        try:
+            server, thread = start_http_server(int(port), host or "127.0.0.1", registry=self._registry)
+        except OSError as error:
+            raise AlreadyRunning(f"{self._config.metrics_listen} cannot be listened on: {error}.") from error
+        self._closers.callback(thread.join)
+        self._closers.callback(server.server_close)
+        self._closers.callback(server.shutdown)
+
+
+class _AttachLog:
+    """Says how the store's fill goes on, a few times."""
+
+    def __init__(self) -> None:
+        self._said = -1
+
+    def __call__(self, progress: AttachProgress) -> None:
+        step = progress.filled_nbytes * PROGRESS_STEPS // max(1, progress.total_nbytes)
+        if step > self._said:
+            self._said = step
+            logger.info(
+                "The store has %.0f of %.0f MiB; %.0f MiB are registered here.",
+                progress.filled_nbytes / 2**20,
+                progress.total_nbytes / 2**20,
+                progress.registered_nbytes / 2**20,
+            )
+
+
+def _device_report(chosen: ChosenDevice, path: ExpertPath, link_bytes_per_s: float | None) -> DeviceReport:
+    return DeviceReport(
+        kind=chosen.device.kind,
+        name=chosen.device.name,
+        reason=chosen.reason,
+        link=path.transfers.link_description,
+        emulated_link_bytes_per_s=None if link_bytes_per_s is None else int(link_bytes_per_s),
+    )
+
+
+def _eos_token_ids(loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The generation config's end tokens, else the tokenizer's."""
+    generation = loaded.model.generation_config
+    eos = generation.eos_token_id if generation is not None else None
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset(eos) if isinstance(eos, list) else frozenset({int(eos)})
