@@ -82,7 +82,7 @@ def receive_packet(channel: socket.socket) -> tuple[FdPacket, int | None]:
         InvalidInput: what came is not a packet of this protocol; descriptors in it are closed.
         OSError: as the socket says (no packet within its timeout, connection reset).
     """
-    payload, fds, flags, _ = socket.recv_fds(channel, _MAX_PACKET_NBYTES, _MAX_FDS)
+    payload, fds, flags, _ = socket.recv_fds(channel, _MAX_PACKET_NBYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
     with ExitStack() as undo:
         for fd in fds:
             undo.callback(os.close, fd)

@@ -139,6 +139,8 @@ async def _abort(context: "_Context", error: Exception, method: str) -> None:
         logger.error("%s failed", method, exc_info=error)
         await context.abort(grpc.StatusCode.INTERNAL, "Internal error; the service's log has the details.")
     else:
+        # A ValueError from deep inside may be a bug after all: its traceback is there for who looks for it.
+        logger.debug("%s refused with %s", method, status.name, exc_info=error)
         metadata = ((RETRY_AFTER_METADATA_KEY, str(error.retry_after_ms)),) if isinstance(error, Overloaded) else ()
         await context.abort(status, wire_text(error), metadata)
 
@@ -181,13 +183,15 @@ class RpcServer:
             ValueError: the path of a unix socket is too long.
             AlreadyRunning: another server holds the socket, or the address cannot be bound.
         """
-        if endpoint.startswith("unix:"):
-            self._lock_fds.append(_lock_socket(endpoint))
+        lock_fd = _lock_socket(endpoint) if endpoint.startswith("unix:") else None
         try:
             port = self.server.add_insecure_port(endpoint)
         except RuntimeError as error:
+            if lock_fd is not None:
+                os.close(lock_fd)
             raise AlreadyRunning(f"Cannot listen on {endpoint}; another process may hold it ({error}).") from error
-        if endpoint.startswith("unix:"):
+        if lock_fd is not None:
+            self._lock_fds.append(lock_fd)
             return endpoint
         return f"{endpoint.rpartition(':')[0]}:{port}"
 

@@ -139,8 +139,12 @@ def test_client_raises_what_the_server_raised(error_type: type[PromoeError], sha
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_value_errors_are_bad_input(shape: str) -> None:
-    raised = run(lambda: failure(ValueError("temperature is nan; allowed: 0 to 5"), shape))
+def test_value_errors_are_bad_input(shape: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="promoe.rpc"):
+        raised = run(lambda: failure(ValueError("temperature is nan; allowed: 0 to 5"), shape))
+    assert [(record.levelno, record.exc_info is None) for record in caplog.records if record.name == "promoe.rpc"] == [
+        (logging.DEBUG, False)
+    ]
     assert type(raised) is InvalidInput
     assert str(raised) == "temperature is nan; allowed: 0 to 5"
 
@@ -330,6 +334,12 @@ def test_unusable_socket_paths_are_refused_with_the_reason(socket_dir: Path) -> 
         server = RpcServer((STORE_SERVICE,))
         with pytest.raises(ValueError, match=f"longer than {MAX_SOCKET_PATH_NBYTES} bytes"):
             server.listen(f"unix:{socket_dir}/{'x' * MAX_SOCKET_PATH_NBYTES}")
+        (socket_dir / "folder.sock").mkdir()
+        with pytest.raises(AlreadyRunning, match=r"Cannot listen on .*folder\.sock"):
+            server.listen(f"unix:{socket_dir}/folder.sock")
+        (socket_dir / "folder.sock").rmdir()
+        server.listen(f"unix:{socket_dir}/folder.sock")
+        await server.stop(0)
         with pytest.raises(ValueError, match="No such file or directory"):
             server.listen(f"unix:{socket_dir}/missing/store.sock")
 
