@@ -97,7 +97,7 @@ def is_named_after_what_it_defines(module: SourceModule) -> Violations:
 
 
 def keeps_its_sizes(module: SourceModule) -> Violations:
-    """Files, functions and parameter lists stay readable; a typer command's parameters are its user's flags."""
+    """Files, functions and parameter lists stay readable."""
     if module.num_lines > MAX_FILE_LINES:
         yield f"has {module.num_lines} lines; at most {MAX_FILE_LINES}"
     for function in module.functions():
@@ -107,7 +107,7 @@ def keeps_its_sizes(module: SourceModule) -> Violations:
         arguments = function.args
         names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
         num_parameters = len([name for name in names if name not in ("self", "cls")])
-        if num_parameters > MAX_PARAMETERS and not _is_command(function):
+        if num_parameters > MAX_PARAMETERS:
             yield f"{function.name} has {num_parameters} parameters; at most {MAX_PARAMETERS}"
 
 
@@ -201,11 +201,6 @@ def mocks_nothing(module: SourceModule) -> Violations:
     for name in module.imported_names:
         if name.startswith("unittest.mock") or name.partition(".")[0] in ("mock", "pytest_mock"):
             yield f"imports {name}"
-
-
-def _is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    decorators = [node.func if isinstance(node, ast.Call) else node for node in function.decorator_list]
-    return any(isinstance(node, ast.Attribute) and node.attr in ("command", "callback") for node in decorators)
 
 
 def _is_broad(handler: ast.ExceptHandler) -> bool:

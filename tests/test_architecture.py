@@ -59,7 +59,7 @@ GOOD_SAMPLES: Final = (
     (rules.keeps_wire_types_at_the_edge, "compute_node/store_client.py", "from promoe.v1 import model_pb2"),
     (rules.keeps_torch_out_of_the_store, "expert_store/pack/convert.py", "import torch"),
     (rules.flows_in_one_direction, "compute_node/__main__.py", "from compute_node.service import Service"),
-    (rules.keeps_its_sizes, "proto/promoe/cli/up.py", "@app.command()\ndef up(a, b, c, d, e, f, g): ..."),
+    (rules.keeps_its_sizes, "compute_node/a.py", "class A:\n    def f(self, a, b, c, d, *, e, f): ..."),
     (rules.keeps_packages_empty, "proto/promoe/__init__.py", "from promoe.client import Client"),
     (rules.prints_nothing, "tests/bench/bench_pack.py", "print(1)"),
     (
