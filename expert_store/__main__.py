@@ -17,11 +17,10 @@ from expert_store.service import SERVICE_NAME, ExpertStoreService
 from expert_store.store import ExpertStore
 from promoe.arena import ARENA_KINDS
 from promoe.config import LogConfig, Settings
-from promoe.errors import PromoeError
+from promoe.errors import PromoeError, Unavailable
 from promoe.pack_manifest import PackManifest
 from promoe.rpc import RpcServer
 from promoe.telemetry import configure_logging
-from promoe.v1 import expert_store_pb2_grpc
 
 logger = logging.getLogger("expert_store")
 
@@ -48,32 +47,29 @@ async def serve(config: StoreConfig) -> None:
 async def _serve_store(store: ExpertStore, config: StoreConfig, stop: asyncio.Event) -> None:
     service = ExpertStoreService(store, str(config.fd_socket.absolute()))
     server = RpcServer((SERVICE_NAME,))
-    expert_store_pb2_grpc.add_ExpertStoreServicer_to_server(service, server.server)
+    service.register(server.server)
     channel = FdServer(config.fd_socket, store, config.peer_uids)
     endpoint = _listen(server, config)
     await server.start()
     logger.info("Serving %s at %s.", config.pack, endpoint)
 
     full = asyncio.Event()
-    work = asyncio.create_task(store.run(full.set))
-    tasks = [
-        work,
-        asyncio.create_task(channel.run()),
-        asyncio.create_task(stop.wait()),
-        asyncio.create_task(_announce(server, full)),
-    ]
+    tasks = [asyncio.create_task(work) for work in (store.run(full.set), channel.run(), stop.wait())]
+    announcement = asyncio.create_task(_announce(server, full))
+    end: PromoeError = Unavailable("The expert store is shutting down.")
     try:
-        await asyncio.wait({tasks[0], tasks[1], tasks[2]}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            work.result()
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
     except PromoeError as error:
-        service.fail(error)
+        end = error
         raise
     finally:
         store.freeze_state()
-        for task in tasks:
+        service.end_streams(end)
+        for task in (*tasks, announcement):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, announcement, return_exceptions=True)
         await server.stop(config.drain_deadline_s)
 
 

@@ -127,6 +127,11 @@ class BlobTable:
         return list(self._leases.values())
 
     @property
+    def num_published_once(self) -> int:
+        """Blobs that have been published, those that were withdrawn since included."""
+        return self._layout.num_blobs - self._num_empty
+
+    @property
     def is_complete(self) -> bool:
         """True when every blob has been published once."""
         return self._num_empty == 0

@@ -34,7 +34,7 @@ class FillProgress:
         tenths = filled_nbytes * _LINES // self._total_nbytes
         if tenths > self._tenths:
             self._tenths = tenths
-            logger.info("Filled %d%% of %.2f GiB.", tenths * 100 // _LINES, self._total_nbytes / (1 << 30))
+            logger.info("Filled %d%% of %.1f MB.", tenths * 100 // _LINES, self._total_nbytes / 1e6)
 
 
 class _TerminalBar:

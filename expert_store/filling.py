@@ -35,7 +35,7 @@ class Filling:
     @property
     def filled_nbytes(self) -> int:
         """Bytes of the blobs that were published once, without alignment."""
-        return (self._layout.num_blobs - self._table.count(BlobState.EMPTY)) * self._layout.blob_nbytes
+        return self._table.num_published_once * self._layout.blob_nbytes
 
     @property
     def elapsed_s(self) -> float:

@@ -43,14 +43,15 @@ def _cgroup_rooms() -> list[int]:
     group = _CGROUP_ROOT / relative
     rooms = []
     while group.is_relative_to(_CGROUP_ROOT):
-        room = _room_of(group)
+        room = room_in(group)
         if room is not None:
             rooms.append(room)
         group = group.parent
     return rooms
 
 
-def _room_of(group: Path) -> int | None:
+def room_in(group: Path) -> int | None:
+    """Bytes that a cgroup's memory limit leaves; None for no limit. Page cache counts as free."""
     try:
         limit = (group / "memory.max").read_text().strip()
         if limit == "max":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from expert_store.config import StoreConfig
-from promoe.errors import AlreadyRunning, ResourceExhausted
+from promoe.errors import AlreadyRunning, InvalidInput, ResourceExhausted
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class RunDir:
     Raises:
         AlreadyRunning: another store holds the folder.
         ResourceExhausted: the folder cannot be made or written.
+        InvalidInput: it belongs to somebody who may not have the arena.
     """
 
     def __init__(self, config: StoreConfig) -> None:
@@ -67,6 +68,7 @@ class RunDir:
         with ExitStack() as held:
             try:
                 self._path.mkdir(mode=0o770, parents=True, exist_ok=True)
+                _check_owner(self._path, config.peer_uids)
                 held.enter_context(_locked(self._path / _LOCK_FILE))
             except OSError as error:
                 raise ResourceExhausted(
@@ -105,6 +107,13 @@ class RunDir:
     def close(self) -> None:
         """Lets the next store in. The state stays: nodes may live on."""
         self._held.close()
+
+
+def _check_owner(path: Path, peer_uids: frozenset[int]) -> None:
+    """The folder's owner can put other sockets in the place of ours."""
+    owner = path.stat().st_uid
+    if owner not in peer_uids:
+        raise InvalidInput(f"The run folder {path} belongs to user {owner}; see store.run_dir and store.allowed_uids.")
 
 
 @contextmanager

@@ -45,8 +45,12 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
         )
         self._streams: set[asyncio.Queue[StoreEvent | PromoeError | None]] = set()
 
-    def fail(self, error: PromoeError) -> None:
-        """Ends every attached node's stream with the error that ends the store."""
+    def register(self, server: grpc.aio.Server) -> None:
+        """Makes the server answer for this service."""
+        pb_grpc.add_ExpertStoreServicer_to_server(self, server)
+
+    def end_streams(self, error: PromoeError) -> None:
+        """Ends every attached node's stream with what ends the store."""
         for events in self._streams:
             events.put_nowait(error)
 

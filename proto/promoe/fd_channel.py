@@ -16,6 +16,7 @@ One exchange per connection.
 import json
 import os
 import socket
+from array import array
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
@@ -82,7 +83,14 @@ def receive_packet(channel: socket.socket) -> tuple[FdPacket, int | None]:
         InvalidInput: what came is not a packet of this protocol; descriptors in it are closed.
         OSError: as the socket says (no packet within its timeout, connection reset).
     """
-    payload, fds, flags, _ = socket.recv_fds(channel, _MAX_PACKET_NBYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+    fds = array("i")
+    # Not socket.recv_fds: Python 3.11's ignores its flags, and every child process would inherit the arena.
+    payload, ancillary, flags, _ = channel.recvmsg(
+        _MAX_PACKET_NBYTES, socket.CMSG_LEN(_MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
     with ExitStack() as undo:
         for fd in fds:
             undo.callback(os.close, fd)
