@@ -1,6 +1,6 @@
 """The open requests of the continuous engine: what happens to them when a step starts, draws, delivers or fails.
 
-All but `add` and `refuse` run on the engine's thread.
+All but `add`, `ask_to_cancel` and `refuse` run on the engine's thread.
 """
 
 import logging
@@ -54,11 +54,14 @@ class BatchRequests:
         self._cancels.put(request_id)
 
     def refuse(self, reason: Unavailable) -> None:
-        """No request can be added from now on, and those that are open fail."""
+        """From any thread: no request can be added from now on, and what Transformers fails fails for this reason."""
         with self._lock:
             self._refusal = reason
+
+    def fail_all(self, error: PromoeError) -> None:
+        """Fails what is open when the thread has ended, or as its last act."""
         for request_id in list(self._open):
-            self._fail(request_id, reason)
+            self._fail(request_id, error)
 
     def take_cancelled(self) -> list[str]:
         """Between two steps: ends the requests whose cancellation has come, and names them."""
@@ -102,7 +105,7 @@ class BatchRequests:
         if running is None:
             return
         if output.status == RequestStatus.FAILED:
-            self._fail(output.request_id, InternalError(_STEP_FAILED))
+            self._fail(output.request_id, self._refusal or InternalError(_STEP_FAILED))
             return
         token_id = int(output.generated_tokens[-1])
         token = self._drawn.pop(output.request_id, None) or SampledToken(token_id)

@@ -88,14 +88,18 @@ class ContinuousEngine:
         if self._stopping.is_set():
             return
         self._stopping.set()
+        reason = Unavailable("The compute node was shut down before the answer ended.")
+        self._requests.refuse(reason)
         if self._loop.is_running():
             self._loop.stop(block=True, timeout=_STOP_DEADLINE_S, hard_stop=True)
-        self._requests.refuse(Unavailable("The compute node was shut down before the answer ended."))
+        self._requests.fail_all(reason)
         self._model.set_attn_implementation(self._attention)
 
     def _thread_ended(self) -> None:
         if self._stopping.is_set():
             return
         logger.error("The engine died: %s", self.fatal_error)
-        self._requests.refuse(Unavailable("The engine of this compute node died; its log has the reason."))
+        reason = Unavailable("The engine of this compute node died; its log has the reason.")
+        self._requests.refuse(reason)
+        self._requests.fail_all(reason)
         self._on_death()

@@ -16,7 +16,16 @@ from compute_node.admission import Admission, AdmissionLimits
 from compute_node.answer import Answerer
 from compute_node.batch_loop import BatchLimits
 from compute_node.continuous_engine import ContinuousEngine
-from compute_node.engine import Engine, EngineEvent, EngineRequest, RequestEnded, RequestFailed, TokenDrawn
+from compute_node.engine import (
+    Engine,
+    EngineEvent,
+    EngineKind,
+    EngineRequest,
+    RequestEnded,
+    RequestFailed,
+    TokenDrawn,
+)
+from compute_node.interleaved_engine import InterleavedEngine
 from compute_node.node_report import (
     CacheCounts,
     CacheShapeReport,
@@ -155,6 +164,33 @@ def continuous_engine(
         yield engine
     finally:
         engine.stop()
+
+
+@contextmanager
+def interleaved_engine(
+    model: PreTrainedModel, ledger: StepLedger | None = None, steps: StepLog | None = None
+) -> Iterator[InterleavedEngine]:
+    """A started interleaved engine, stopped at the end."""
+    steps = steps or StepLog()
+    engine = InterleavedEngine(model, ledger or StepLedger(), 512, steps.observe, steps.died)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@contextmanager
+def started_engine(
+    kind: EngineKind, model: PreTrainedModel, ledger: StepLedger | None = None, steps: StepLog | None = None
+) -> Iterator[Engine]:
+    """A started engine of either kind, stopped at the end."""
+    if kind is EngineKind.CONTINUOUS:
+        with continuous_engine(model, LIMITS, ledger, steps) as engine:
+            yield engine
+    else:
+        with interleaved_engine(model, ledger, steps) as engine:
+            yield engine
 
 
 class FixedReport:
