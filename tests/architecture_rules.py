@@ -67,13 +67,15 @@ def keeps_torch_out_of_the_store(module: SourceModule) -> Violations:
 
 
 def flows_in_one_direction(module: SourceModule) -> Violations:
-    """`__main__ -> service -> engine -> domain`: nobody imports `__main__`, only `__main__` imports `service`."""
+    """`__main__ -> service -> engine -> domain`; `node` is the half of its composition root that `__main__` starts."""
     for name in module.imported_names:
         parts = name.split(".")
         if "__main__" in parts:
             yield f"imports {name}: nothing imports the composition root"
-        if "service" in parts[1:] and parts[0] in SERVICES and module.file_name != "__main__.py":
-            yield f"imports {name}: only __main__ wires the service"
+        if "service" in parts[1:] and parts[0] in SERVICES and module.file_name not in ("__main__.py", "node.py"):
+            yield f"imports {name}: only the composition root wires the service"
+        if "node" in parts[1:] and parts[0] in SERVICES and module.file_name != "__main__.py":
+            yield f"imports {name}: only __main__ starts the node"
         if parts[:2] == ["promoe", "cli"] and not module.is_in(CLI_FOLDER):
             yield f"imports {name}: the CLI is on top"
 
