@@ -47,6 +47,8 @@ class DenseWeights:
         self.num_layers = self._number("llama.block_count")
         self.num_heads = self._number("llama.attention.head_count")
         self.num_kv_heads = self._number("llama.attention.head_count_kv")
+        self.rope_base = self._real("llama.rope.freq_base")
+        self.norm_eps = round(self._real("llama.attention.layer_norm_rms_epsilon"), 12)  # stored in float32
 
     def embedding(self) -> torch.Tensor:
         """Token embedding, tied to the output head: [V, D]."""
@@ -96,6 +98,11 @@ class DenseWeights:
     def _number(self, key: str) -> int:
         value = self._field(key)
         assert isinstance(value, int), f"{key} is a whole number in the verified GGUF"
+        return value
+
+    def _real(self, key: str) -> float:
+        value = self._field(key)
+        assert isinstance(value, float), f"{key} is a number in the verified GGUF"
         return value
 
     def _field(self, key: str) -> object:
