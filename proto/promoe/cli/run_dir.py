@@ -30,11 +30,11 @@ class StackState:
 
     Attributes:
         pid: the supervisor.
-        phase: `pack`, `fill`, `load`, `ready` or `stop`.
+        phase: `pack`, `fill`, `load`, `ready`, `restart` or `stop`.
         endpoint: where the compute node listens.
         store_endpoint: where the expert store listens.
         model: what was asked for, as text.
-        pack: the pack's folder; empty while it is being made.
+        pack: the pack's folder.
         started_unix_s: wall-clock time of the start.
     """
 

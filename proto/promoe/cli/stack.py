@@ -41,6 +41,7 @@ class Stack:
         self._begin_s = time.perf_counter()
         self._started_unix_s = time.time()
         self._next_figures_s = 0.0
+        self._is_stopping = False
 
     def bring_up(self) -> bool:
         """Packs if need be, fills, loads; returns True when the stack serves, False when a signal came before.
@@ -66,7 +67,7 @@ class Stack:
             crashes_before = service.num_crashes
             service.watch()
             if service.num_crashes > crashes_before:
-                self._view.note(f"{service.obituary()}\nIt is being restarted.")
+                self._view.note(f"{service.ending()} It is being restarted.")
                 self._show("ready", PhaseState.RUNNING, f"restarting the {service.command.name}")
         if time.perf_counter() >= self._next_figures_s:
             self._next_figures_s = time.perf_counter() + _FIGURES_INTERVAL_S
@@ -75,10 +76,10 @@ class Stack:
     def take_down(self) -> None:
         """Stops the node (it drains) and then the store; a second signal kills them."""
         self._footer = ""
+        self._is_stopping = True
         for service in (self._node, self._store):
             if not service.is_gone:
                 self._show("ready", PhaseState.RUNNING, f"stopping the {service.command.name} (Ctrl-C again: at once)")
-                self._run_dir.write_state(self._state("stop"))
                 self._stop_service(service)
             service.kill()
         if self._phases["ready"].state is PhaseState.RUNNING:
@@ -160,7 +161,7 @@ class Stack:
                 self._show_ready()
         except _NOT_NOW:
             return
-        self._footer = f"{figures}\nlogs in {self._run_dir.path} · Ctrl-C stops"
+        self._footer = f"{figures}\ntalk to it with promoe chat · logs in {self._run_dir.path} · Ctrl-C stops"
         self._view.show(self._status())
 
     def _show(self, name: str, state: PhaseState, detail: str, fraction: float | None = None) -> None:
@@ -169,17 +170,18 @@ class Stack:
         self._phases[name] = line
         if line != former:
             if line.state is not former.state:
-                self._run_dir.write_state(self._state(name))
+                self._run_dir.write_state(self._state(line))
             self._view.show(self._status())
 
     def _status(self) -> StackStatus:
         return StackStatus(tuple(self._phases.values()), self._footer)
 
-    def _state(self, phase: str) -> StackState:
+    def _state(self, line: PhaseLine) -> StackState:
         pack = self.plan.pack
+        is_restart = line.name == "ready" and line.state is PhaseState.RUNNING
         return StackState(
             pid=os.getpid(),
-            phase=phase,
+            phase="stop" if self._is_stopping else "restart" if is_restart else line.name,
             endpoint=self.plan.endpoint,
             store_endpoint=self._run_dir.store_endpoint,
             model=pack.model,

@@ -156,22 +156,24 @@ class Service:
         """No process is there."""
         return self._process is None or self._process.poll() is not None
 
-    def last_words(self) -> str:
+    def last_words(self, num_lines: int = _LAST_WORDS) -> str:
         """The last lines the current process wrote."""
         with self.command.log.open("rb") as log:
             log.seek(max(self._log_offset, log.seek(0, os.SEEK_END) - 16384))
             lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join(lines[-_LAST_WORDS:])
+        return "\n".join(lines[-num_lines:])
 
-    def obituary(self) -> str:
-        """How it ended, its last words, and where the others are."""
+    def ending(self) -> str:
+        """How it ended, and where its log is."""
         code = self.exit_code()
         assert code is not None, "it lives"
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"The {self.command.name} {how} (log: {self.command.log})."
+
+    def obituary(self) -> str:
+        """How it ended, and its last words."""
         words = self.last_words()
-        return f"The {self.command.name} {how}.{' Its last words:' if words else ''} ({self.command.log})" + (
-            f"\n{words}" if words else ""
-        )
+        return f"{self.ending()} Its last words:\n{words}" if words else self.ending()
 
 
 def launch_arguments(module: str, arguments: tuple[str, ...]) -> list[str]:
