@@ -1,7 +1,7 @@
 """`python -m expert_store.demo_model OUT_DIR`: builds the demo model, progress on stderr, the folder on stdout."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from expert_store.demo_model.build import STEPS, build_demo_model
 from promoe.errors import PromoeError
 
-_STEP_TITLES = {
+_STEP_TITLES: Final = {
     "fetch": "fetch the base model",
     "verify": "verify checksums",
     "layers": "dequantise and merge layers",

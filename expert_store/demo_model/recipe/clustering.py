@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from expert_store.demo_model.delta import LORA_TARGETS, Delta, LayerDelta, MoeGeometry
 
@@ -22,35 +23,9 @@ _ROUTER_SPREAD = 0.3  # standard deviation of the first router logits over exper
 def start_delta(model: LlamaForCausalLM, texts: Sequence[torch.Tensor], geometry: MoeGeometry, seed: int) -> Delta:
     """A delta with LoRA factors that change nothing yet, calibrated on `texts`, blocks [N, T] of token ids."""
     generator = torch.Generator().manual_seed(seed)
-    layers = []
-    for layer, ffn_input_TD in zip(model.model.layers, ffn_inputs(model, texts), strict=True):
-        gate, up, down = (layer.mlp.get_submodule(f"{name}_proj").weight for name in ("gate", "up", "down"))
-        activation_TF = F.silu(F.linear(ffn_input_TD, gate)) * F.linear(ffn_input_TD, up)
-        contribution_TF = activation_TF.float().abs() * down.float().norm(dim=0)
-        order_F = neuron_order(contribution_TF, geometry, generator)
-        routed_TN = contribution_TF[:, order_F[geometry.num_shared :]]
-        energy_TE = routed_TN.pow(2).view(len(routed_TN), geometry.num_experts, -1).sum(-1).sqrt()
-        projections = layer.self_attn
-        fan_in, qkv_rows = (
-            ffn_input_TD.shape[1],
-            sum(projections.get_submodule(f"{n}_proj").out_features for n in "qkv"),
-        )
-        shapes = {
-            "q": (qkv_rows, fan_in),
-            "o": (fan_in, projections.o_proj.in_features),
-            "g": (2 * len(order_F), fan_in),
-            "d": (fan_in, len(order_F)),
-        }
-        layers.append(
-            LayerDelta(
-                permutation_F=order_F,
-                router_ED=ridge_router(ffn_input_TD.float(), energy_TE),
-                input_norm_D=layer.input_layernorm.weight.float(),
-                post_attention_norm_D=layer.post_attention_layernorm.weight.float(),
-                lora={target: _neutral_factors(*shapes[target], generator) for target in LORA_TARGETS},
-            )
-        )
-    return Delta(geometry, tuple(layers), model.model.norm.weight.float())
+    layers = zip(model.model.layers, ffn_inputs(model, texts), strict=True)
+    parts = tuple(_start_layer(layer, ffn_input_TD, geometry, generator) for layer, ffn_input_TD in layers)
+    return Delta(geometry, parts, model.model.norm.weight.float())
 
 
 def ffn_inputs(model: LlamaForCausalLM, texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -112,6 +87,33 @@ def ridge_router(ffn_input_TD: torch.Tensor, energy_TE: torch.Tensor) -> torch.T
     logits_TE = ffn_input_TD @ weight_DE
     spread = (logits_TE - logits_TE.mean(1, keepdim=True)).pow(2).mean().sqrt()
     return (weight_DE.T * (_ROUTER_SPREAD / spread)).contiguous()
+
+
+def _start_layer(
+    layer: LlamaDecoderLayer, ffn_input_TD: torch.Tensor, geometry: MoeGeometry, generator: torch.Generator
+) -> LayerDelta:
+    gate, up, down = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight
+    activation_TF = F.silu(F.linear(ffn_input_TD, gate)) * F.linear(ffn_input_TD, up)
+    contribution_TF = activation_TF.float().abs() * down.float().norm(dim=0)
+    order_F = neuron_order(contribution_TF, geometry, generator)
+    routed_TN = contribution_TF[:, order_F[geometry.num_shared :]]
+    energy_TE = routed_TN.pow(2).unflatten(1, (geometry.num_experts, -1)).sum(-1).sqrt()
+    attention = layer.self_attn
+    fan_in, attention_width = attention.q_proj.in_features, attention.o_proj.in_features
+    qkv_rows = sum(linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
+    shapes = {
+        "q": (qkv_rows, fan_in),
+        "o": (fan_in, attention_width),
+        "g": (2 * len(order_F), fan_in),
+        "d": (fan_in, len(order_F)),
+    }
+    return LayerDelta(
+        permutation_F=order_F,
+        router_ED=ridge_router(ffn_input_TD.float(), energy_TE),
+        input_norm_D=layer.input_layernorm.weight.float(),
+        post_attention_norm_D=layer.post_attention_layernorm.weight.float(),
+        lora={target: _neutral_factors(*shapes[target], generator) for target in LORA_TARGETS},
+    )
 
 
 def _neutral_factors(rows: int, fan_in: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
