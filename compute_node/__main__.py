@@ -14,10 +14,9 @@ from compute_node.config import ComputeConfig
 from compute_node.node import ComputeNode
 from compute_node.service import SERVICE_NAME
 from promoe.config import LogConfig, Settings
-from promoe.errors import AlreadyRunning, PromoeError
+from promoe.errors import PromoeError
 from promoe.rpc import RpcServer
 from promoe.telemetry import configure_logging
-from promoe.v1 import inference_pb2_grpc
 
 logger = logging.getLogger("compute_node")
 
@@ -33,15 +32,12 @@ async def serve(config: ComputeConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
     server = RpcServer((SERVICE_NAME,))
-    try:
-        endpoint = server.listen(config.listen)
-    except RuntimeError as error:
-        raise AlreadyRunning(f"{config.listen} cannot be listened on: another process has it. ({error})") from error
+    endpoint = server.listen(config.listen)
     stop = asyncio.Event()
     node = ComputeNode(config)
     try:
         service = node.start(on_death=stop.set, loop=asyncio.get_running_loop())
-        inference_pb2_grpc.add_InferenceServicer_to_server(service, server.server)
+        service.register(server.server)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         await server.start()

@@ -77,6 +77,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._identity = identity
         self._reporter = reporter
 
+    def register(self, server: "grpc.aio.Server") -> None:
+        """Makes the server answer for this service."""
+        inference_pb2_grpc.add_InferenceServicer_to_server(self, server)
+
     async def GetInfo(
         self, request: inference_pb2.InferenceGetInfoRequest, context: "_Context"
     ) -> inference_pb2.InferenceGetInfoResponse:
