@@ -40,28 +40,50 @@ class ExpertsModule(Protocol):
 
 @dataclass(frozen=True)
 class Routing:
-    """One layer's routing of one step, on the host and on the device.
+    """One layer's routing of one step: rows (token, k), N = T * K, grouped by expert.
 
     Attributes:
         ids_TK: on the host.
-        experts: the distinct experts, ascending.
-        bounds: rows of expert i in the sorted order are `bounds[i]:bounds[i + 1]`.
-        order_N: on the device: the (token, k) rows, N = T * K, sorted by expert, stable.
+        experts: the distinct experts.
+        bounds: rows of expert i in the grouped order are `bounds[i]:bounds[i + 1]`.
+        order_N: on the device: the rows in grouped order; None when that is the order they are in.
     """
 
     ids_TK: np.ndarray
     experts: list[int]
     bounds: list[int]
-    order_N: torch.Tensor
+    order_N: torch.Tensor | None
 
     @classmethod
     def of(cls, topk_ids_TK: torch.Tensor) -> "Routing":
-        """Sorts rows by expert. The copy to the host is the layer's only synchronisation."""
-        order_N = topk_ids_TK.reshape(-1).argsort(stable=True)
+        """Groups rows by expert. The copy to the host is the layer's only synchronisation."""
+        num_tokens, experts_per_token = topk_ids_TK.shape
+        # Queued before the copy, so that the device sorts while the host waits.
+        order_N = topk_ids_TK.reshape(-1).argsort(stable=True) if num_tokens > 1 else None
         ids_TK: np.ndarray = topk_ids_TK.cpu().numpy()
-        experts, counts = np.unique(ids_TK, return_counts=True)
-        bounds = [0, *np.cumsum(counts).tolist()]
-        return cls(ids_TK, experts.tolist(), bounds, order_N)
+        if order_N is None:
+            experts: list[int] = ids_TK[0].tolist()
+            if len(set(experts)) == experts_per_token:
+                return cls(ids_TK, experts, list(range(experts_per_token + 1)), None)
+            order_N = topk_ids_TK.reshape(-1).argsort(stable=True)
+        distinct, counts = np.unique(ids_TK, return_counts=True)
+        return cls(ids_TK, distinct.tolist(), [0, *np.cumsum(counts).tolist()], order_N)
+
+    def group(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Every row's hidden states in grouped order, (N, D)."""
+        experts_per_token = self.ids_TK.shape[1]
+        if self.order_N is None:
+            return hidden_TD.expand(experts_per_token, -1)
+        return hidden_TD[self.order_N // experts_per_token]
+
+    def ungroup(self, grouped_ND: torch.Tensor) -> torch.Tensor:
+        """Back to (T, K, D)."""
+        num_tokens, experts_per_token = self.ids_TK.shape
+        rows_ND = grouped_ND
+        if self.order_N is not None:
+            rows_ND = torch.empty_like(grouped_ND)
+            rows_ND[self.order_N] = grouped_ND
+        return rows_ND.view(num_tokens, experts_per_token, -1)
 
 
 class MoeForward:
@@ -90,23 +112,18 @@ class MoeForward:
         topk_weights_TK: torch.Tensor,
     ) -> torch.Tensor:
         """The routed experts' weighted sum, (T, D) in `hidden_TD`'s dtype."""
-        num_tokens, experts_per_token = topk_ids_TK.shape
         routing = Routing.of(topk_ids_TK)
-        sorted_hidden_ND = hidden_TD[routing.order_N // experts_per_token]
+        grouped_ND = routing.group(hidden_TD)
         outputs: list[torch.Tensor] = [hidden_TD] * len(routing.experts)
-        row_of = {expert: row for row, expert in enumerate(routing.experts)}
+        group_of = {expert: group for group, expert in enumerate(routing.experts)}
         with self._expert_cache.acquire(self.layer, routing.experts) as acquisition:
             for expert, slot_index in self._expert_cache.arrivals(acquisition):
-                row = row_of[expert]
-                rows_ND = sorted_hidden_ND[routing.bounds[row] : routing.bounds[row + 1]]
-                outputs[row] = compute_expert(module, rows_ND, self._weights[slot_index])
+                group = group_of[expert]
+                rows_ND = grouped_ND[routing.bounds[group] : routing.bounds[group + 1]]
+                outputs[group] = compute_expert(module, rows_ND, self._weights[slot_index])
         self._recorder.record_layer(acquisition, routing.ids_TK)
-        output_ND = torch.empty_like(outputs[0], memory_format=torch.contiguous_format).resize_(
-            num_tokens * experts_per_token, hidden_TD.shape[1]
-        )
-        output_ND[routing.order_N] = torch.cat(outputs)
-        weighted_TKD = output_ND.view(num_tokens, experts_per_token, -1) * topk_weights_TK.unsqueeze(-1)
-        return weighted_TKD.sum(dim=1).to(hidden_TD.dtype)
+        output_TKD = routing.ungroup(torch.cat(outputs))
+        return (output_TKD * topk_weights_TK.unsqueeze(-1)).sum(dim=1).to(hidden_TD.dtype)
 
 
 def compute_expert(module: ExpertsModule, rows_ND: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:

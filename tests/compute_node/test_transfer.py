@@ -1,0 +1,247 @@
+"""The transfer engine: order, chunks, what is in flight, failures. The links here record and obey the test."""
+
+import ctypes
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compute_node.device.cpu import DONE, CpuLink
+from compute_node.device.seam import CopyTicket, Link
+from compute_node.transfer import Load, LoadState, TransferEngine
+from promoe.errors import Unavailable
+from promoe.ids import ExpertId
+
+DEADLINE_S = 30.0
+
+
+@dataclass
+class HeldTicket:
+    """A copy that arrives when the test says so."""
+
+    arrived: threading.Event = field(default_factory=threading.Event)
+
+    def is_done(self) -> bool:
+        return self.arrived.is_set()
+
+    def wait_on_host(self) -> None:
+        assert self.arrived.wait(DEADLINE_S), "the test lets every copy arrive"
+
+    def wait_on_compute(self) -> None:
+        self.wait_on_host()
+
+
+class RecordingLink:
+    """Remembers every copy; tickets are held back."""
+
+    description = "recording"
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[int, int, int]] = []
+        self.tickets: list[HeldTicket] = []
+        self.ordered_after: list[CopyTicket] = []
+        self.changed = threading.Condition()
+
+    def order_after(self, compute: CopyTicket) -> None:
+        self.ordered_after.append(compute)
+
+    def copy(self, destination_address: int, source_address: int, nbytes: int) -> CopyTicket:
+        ticket = HeldTicket()
+        with self.changed:
+            self.copies.append((destination_address, source_address, nbytes))
+            self.tickets.append(ticket)
+            self.changed.notify_all()
+        return ticket
+
+    def wait_for_copies(self, count: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.copies) >= count, DEADLINE_S), "the link was given the copies"
+
+
+@dataclass
+class FailingLink:
+    """Refuses one source address."""
+
+    refused: int
+    description: str = "failing"
+
+    def order_after(self, compute: CopyTicket) -> None:
+        """Nothing to order."""
+
+    def copy(self, destination_address: int, source_address: int, nbytes: int) -> CopyTicket:
+        if source_address == self.refused:
+            raise Unavailable("the link broke")
+        return DONE
+
+
+def engine(link: Link, chunk_nbytes: int = 100, max_chunks_in_flight: int = 2) -> TransferEngine:
+    return TransferEngine(lambda: link, chunk_nbytes, max_chunks_in_flight)
+
+
+def load(number: int, nbytes: int, after: CopyTicket = DONE) -> Load:
+    return Load(ExpertId(0, number), 10_000 * number, 1_000_000 + 10_000 * number, nbytes, after)
+
+
+def test_a_load_is_cut_into_chunks_that_cover_it_once() -> None:
+    link = RecordingLink()
+    with engine(link, chunk_nbytes=100, max_chunks_in_flight=9) as transfers:
+        asked = load(1, 250)
+        transfers.submit([asked])
+        assert transfers.next_issued([asked]) is asked
+        assert link.copies == [(1_010_000, 10_000, 100), (1_010_100, 10_100, 100), (1_010_200, 10_200, 50)]
+        assert asked.ticket is link.tickets[-1]
+        assert transfers.stats().uploaded_nbytes == 250
+
+
+def test_no_more_than_the_allowed_chunks_are_in_flight() -> None:
+    link = RecordingLink()
+    with engine(link, max_chunks_in_flight=2) as transfers:
+        asked = load(1, 500)
+        transfers.submit([asked])
+        for arrived in range(3):
+            link.wait_for_copies(arrived + 2)
+            assert len(link.copies) == arrived + 2, "the third waits for the first"
+            link.tickets[arrived].arrived.set()
+        link.wait_for_copies(5)
+        transfers.next_issued([asked])
+
+
+def test_loads_are_served_in_the_order_they_were_asked_for() -> None:
+    link = RecordingLink()
+    with engine(link, max_chunks_in_flight=9) as transfers:
+        first, second, third = (load(number, 100) for number in (3, 1, 2))
+        transfers.submit([first, second])
+        transfers.submit([third])
+        for expected in (first, second, third):
+            assert transfers.next_issued([expected]) is expected
+        assert [source for _, source, _ in link.copies] == [30_000, 10_000, 20_000]
+
+
+def test_a_slot_is_overwritten_only_behind_the_compute_that_reads_it() -> None:
+    link = RecordingLink()
+    reading = HeldTicket()
+    with engine(link) as transfers:
+        asked, free = load(1, 10, after=reading), load(2, 10)
+        transfers.submit([asked, free])
+        transfers.next_issued([free])
+        assert link.ordered_after == [reading]
+
+
+def test_a_failed_load_says_why_and_the_next_one_is_served() -> None:
+    with engine(FailingLink(refused=10_000)) as transfers:
+        bad, good = load(1, 100), load(2, 100)
+        transfers.submit([bad, good])
+        assert transfers.next_issued([good]) is good
+        with pytest.raises(Unavailable, match="the link broke"):
+            transfers.next_issued([bad])
+        assert bad.state is LoadState.FAILED
+
+
+def test_a_cancelled_load_is_never_copied() -> None:
+    link = RecordingLink()
+    with engine(link, max_chunks_in_flight=1) as transfers:
+        running, queued, last = load(1, 200), load(2, 100), load(3, 100)
+        transfers.submit([running, queued, last])
+        link.wait_for_copies(1)
+        transfers.cancel([queued])
+        link.tickets[0].arrived.set()
+        link.wait_for_copies(2)
+        link.tickets[1].arrived.set()
+        transfers.next_issued([last])
+        assert 20_000 not in [source for _, source, _ in link.copies]
+        assert queued.state is LoadState.QUEUED
+
+
+def test_close_wakes_who_waits() -> None:
+    link = RecordingLink()
+    transfers = engine(link, max_chunks_in_flight=9)
+    transfers.start()
+    never = load(1, 100)
+    failures: list[str] = []
+
+    def wait() -> None:
+        try:
+            transfers.next_issued([never])
+        except Unavailable as error:
+            failures.append(str(error))
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    transfers.close()
+    waiter.join(DEADLINE_S)
+    assert failures == ["The transfer engine is closed."]
+
+
+def test_a_thread_that_cannot_open_its_link_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(str(args.exc_value)))
+
+    def broken() -> Link:
+        raise RuntimeError("no such device")
+
+    transfers = TransferEngine(broken, 100, 2)
+    transfers.start()
+    with pytest.raises(Unavailable, match="closed"):
+        transfers.next_issued([load(1, 100)])
+    transfers.close()
+    assert seen == ["no such device"]
+    assert transfers.link_description == "closed"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 2000), min_size=1, max_size=12),
+    chunk_nbytes=st.integers(1, 700),
+    in_flight=st.integers(1, 4),
+)
+def test_every_byte_arrives_at_its_place(sizes: list[int], chunk_nbytes: int, in_flight: int) -> None:
+    source = bytes(number % 251 for number in range(sum(sizes)))
+    source_buffer = ctypes.create_string_buffer(source, len(source))
+    destination = ctypes.create_string_buffer(len(source))
+    loads: list[Load] = []
+    offset = 0
+    for number, nbytes in enumerate(sizes):
+        loads.append(
+            Load(
+                ExpertId(0, number),
+                ctypes.addressof(source_buffer) + offset,
+                ctypes.addressof(destination) + offset,
+                nbytes,
+            )
+        )
+        offset += nbytes
+    with engine(CpuLink(), chunk_nbytes, in_flight) as transfers:
+        transfers.submit(loads)
+        for asked in loads:
+            transfers.next_issued([asked]).ticket.wait_on_host()
+        assert transfers.stats().uploaded_nbytes == len(source)
+    assert destination.raw == source
+
+
+def test_an_emulated_link_keeps_its_rate() -> None:
+    """The link's own clock says when each byte would have arrived, however late the sleeper woke."""
+    link = CpuLink(bytes_per_s=50_000_000.0)
+    buffer = ctypes.create_string_buffer(1_000_000)
+    target = ctypes.create_string_buffer(1_000_000)
+    with engine(link, chunk_nbytes=100_000) as transfers:
+        asked = Load(ExpertId(0, 0), ctypes.addressof(buffer), ctypes.addressof(target), 1_000_000)
+        transfers.submit([asked])
+        transfers.next_issued([asked])
+        stats = transfers.stats()
+    assert link.description == "emulated"
+    assert stats.link_busy_s >= 1_000_000 / 50_000_000.0 - 1e-3, "no byte arrives before the link could carry it"
+
+
+WAYS_TO_BE_WRONG: list[tuple[Callable[[], TransferEngine], str]] = [
+    (lambda: TransferEngine(CpuLink, 0, 2), "a chunk has bytes"),
+    (lambda: TransferEngine(CpuLink, 100, 0), "nothing in flight"),
+]
+
+
+@pytest.mark.parametrize(("build", "reason"), WAYS_TO_BE_WRONG)
+def test_sizes_that_move_nothing_are_a_broken_invariant(build: Callable[[], TransferEngine], reason: str) -> None:
+    with pytest.raises(AssertionError, match=reason):
+        build()
