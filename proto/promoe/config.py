@@ -69,9 +69,14 @@ class Settings:
                 raise ValueError(f"{name}.{field.name} is missing; it has no default")
         return config_type(**values)
 
-    def asked(self, section: str, key: str) -> object | None:
-        """What was asked for, unchecked, or None; for a process that only passes another one's settings on."""
-        return self._tables.get(section, {}).get(key)
+    def asked(self, section: str, key: str, value_type: type[_T]) -> _T | None:
+        """One setting as it was asked for, or None; for a process that only passes another one's settings on.
+
+        Raises:
+            ValueError: a value of the wrong type.
+        """
+        value = self._tables.get(section, {}).get(key)
+        return None if value is None else typing.cast("_T", _convert(f"{section}.{key}", value, value_type))
 
     def _read(self, path: Path) -> None:
         try:

@@ -65,6 +65,8 @@ def plan_pack(model: str, dtype: str | None, wheel: Path | None = None) -> PackP
         ModelNotFound: neither a folder nor a hub id.
         InvalidInput: `dtype` was asked of something that is packed already in another.
     """
+    if not model.strip():
+        raise ModelNotFound("The model's name is empty; give a folder or a hub id (owner/name).")
     path = Path(model).expanduser()
     if model == DEMO_MODEL:
         return _plan_demo(dtype, wheel)

@@ -1,6 +1,5 @@
 """What one machine's stack consists of: the pack and the command lines of its services. Decides, starts nothing."""
 
-import json
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ def plan_stack(pack: PackPlan, run_dir: RunDir, config: Path | None, assignments
         InvalidInput: the address to listen on is none.
     """
     settings = Settings(config, assignments)
-    listen = _with_port(str(settings.asked("compute", "listen") or DEFAULT_LISTEN))
+    listen = _with_port(settings.asked("compute", "listen", str) or DEFAULT_LISTEN)
     asked = (*(("--config", str(config.absolute())) if config else ()), *_set_flags(assignments))
     both = {"store.pack": str(pack.pack_dir), "compute.pack": str(pack.pack_dir)}
     needs = {
@@ -54,10 +53,9 @@ def plan_stack(pack: PackPlan, run_dir: RunDir, config: Path | None, assignments
         "compute.store_endpoint": run_dir.store_endpoint,
         "compute.listen": listen,
     }
-    # JSON strings are TOML strings: a path that looks like a number stays text.
-    arguments = (*asked, *_set_flags([f"{key}={json.dumps(value)}" for key, value in needs.items()]))
-    drain_s = settings.asked("compute", "drain_deadline_s")
-    node_stop_s = drain_s + _STOP_SLACK_S if isinstance(drain_s, int | float) else _NODE_STOP_DEADLINE_S
+    arguments = (*asked, *_set_flags([f"{key}={value}" for key, value in needs.items()]))
+    drain_s = settings.asked("compute", "drain_deadline_s", float)
+    node_stop_s = _NODE_STOP_DEADLINE_S if drain_s is None else drain_s + _STOP_SLACK_S
     return StackPlan(
         pack=pack,
         endpoint=_reachable(listen),
