@@ -26,7 +26,7 @@ from compute_node.engine import (
 from compute_node.interleaved_engine import InterleavedEngine
 from compute_node.sampling import Sampling
 from compute_node.step_ledger import Phase, StepLedger, TokenSpan
-from promoe.errors import InsufficientMemory, InternalError, ModelUnsupported, PromoeError
+from promoe.errors import InsufficientMemory, InternalError, ModelUnsupported, PromoeError, ResourceExhausted
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +118,14 @@ class EngineStarter:
                 self._model.set_attn_implementation(attention)
                 return None, _first_line(error)
             engine.start()
-            complaint = self._probe(engine, expected_V)
-            if complaint is not None:
-                engine.stop()
-                return None, complaint
+            complaint: str | None = "the probe was given up"
+            try:
+                complaint = self._probe(engine, expected_V)
+            finally:
+                if complaint is not None:
+                    engine.stop()
+        if complaint is not None:
+            return None, complaint
         self._is_probing = False
         return engine, ""
 
@@ -159,13 +163,15 @@ class EngineStarter:
         return None
 
     def _complaint(self, engine: ContinuousEngine, error: PromoeError) -> str:
+        # The thread tells the request before it says what ended it; after `stop` both are known.
+        engine.stop()
         fatal = engine.fatal_error
-        if isinstance(fatal, torch.OutOfMemoryError):
+        if isinstance(fatal, torch.OutOfMemoryError) or isinstance(error, ResourceExhausted):
             blocks = self._plan.batch.num_kv_blocks
             raise InsufficientMemory(
-                f"The device has no room for the planned {blocks} KV blocks; lower --memory, --cache-rate or "
-                f"compute.max_context_tokens. ({_first_line(fatal)})"
-            ) from fatal
+                f"The device has no room for {blocks} KV blocks and one step; lower --memory, --cache-rate or "
+                f"compute.max_context_tokens. ({_first_line(fatal or error)})"
+            ) from error
         if fatal is None and not isinstance(error, InternalError):
             raise error
         return _first_line(fatal or error)

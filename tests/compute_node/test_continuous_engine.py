@@ -1,0 +1,125 @@
+"""What only continuous batching does: chunked prefill, shared prefixes, requests that lose their KV blocks."""
+
+import pytest
+from transformers import PreTrainedModel
+
+from compute_node.batch_loop import KV_BLOCK_TOKENS, BatchLimits
+from compute_node.engine import EngineRequest
+from compute_node.sampling import RowSampler
+from compute_node.step_ledger import Phase, StepLedger, TokenSpan
+from tests.compute_node.tiny_serving import StepLog, continuous_engine, engine_request, greedy_oracle, submit
+from tests.families import make_tiny_model
+
+LONG_PROMPT = [3 + index % 50 for index in range(3 * KV_BLOCK_TOKENS + 5)]
+
+
+class SpanRecorder(StepLedger):
+    """Keeps the spans of all steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spans_of_all: list[TokenSpan] = []
+
+    def end_step(self) -> None:
+        self.spans_of_all.extend(self.spans)
+        super().end_step()
+
+    def prefill_of(self, request_id: str) -> int:
+        """Prompt tokens that were computed."""
+        return sum(
+            span.num_tokens
+            for span in self.spans_of_all
+            if span.request_id == request_id and span.phase is Phase.PREFILL
+        )
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return make_tiny_model("qwen2_moe")
+
+
+def test_a_prompt_longer_than_a_step_is_computed_in_pieces(model: PreTrainedModel) -> None:
+    expected = greedy_oracle(model, LONG_PROMPT, 6)
+    for max_batch_tokens in (7, 200):
+        ledger = SpanRecorder()
+        limits = BatchLimits(num_kv_blocks=16, max_batch_tokens=max_batch_tokens, max_concurrent_requests=4)
+        with continuous_engine(model, limits, ledger) as engine:
+            assert submit(engine, engine_request("r", LONG_PROMPT, 6)).token_ids() == expected
+        assert ledger.prefill_of("r") == len(LONG_PROMPT)
+        assert max(span.num_tokens for span in ledger.spans_of_all) == min(max_batch_tokens, len(LONG_PROMPT))
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_a_shared_beginning_is_computed_once(model: PreTrainedModel, share_prefixes: bool) -> None:
+    prompts = [LONG_PROMPT, [*LONG_PROMPT[: 2 * KV_BLOCK_TOKENS], 60, 61]]
+    expected = [greedy_oracle(model, prompt, 5) for prompt in prompts]
+    ledger = SpanRecorder()
+    limits = BatchLimits(64, 200, 4, share_prefixes)
+    with continuous_engine(model, limits, ledger) as engine:
+        answers = [submit(engine, engine_request(f"r{i}", prompt, 5)).token_ids() for i, prompt in enumerate(prompts)]
+    assert answers == expected
+    assert ledger.prefill_of("r1") == (2 if share_prefixes else len(prompts[1]))
+
+
+def test_requests_that_lose_their_kv_blocks_give_the_same_answer(model: PreTrainedModel) -> None:
+    # Four requests that need 3 blocks each at the end, where 6 are to be had: some are computed again.
+    prompts = [[10 + index, *LONG_PROMPT[:29]] for index in range(4)]
+    options: list[dict[str, float | int]] = [{}, {"temperature": 1.0, "seed": 1}, {"repetition_penalty": 1.2}, {}]
+    limits = BatchLimits(6, 64, 4, share_prefixes=False)
+    ledger = SpanRecorder()
+
+    def requests() -> list[EngineRequest]:
+        return [engine_request(f"r{i}", prompts[i], 40, **options[i]) for i in range(4)]
+
+    with continuous_engine(model, BatchLimits(64, 64, 4)) as engine:
+        alone = [submit(engine, request).token_ids() for request in requests()]
+    with continuous_engine(model, limits, ledger) as engine:
+        logs = [submit(engine, request) for request in requests()]
+        assert [log.token_ids() for log in logs] == alone
+    assert sum(ledger.prefill_of(f"r{i}") for i in range(4)) > sum(map(len, prompts)), "nobody lost blocks"
+
+
+def test_rows_are_their_requests_own_when_others_are_in_the_middle_of_their_prefill(model: PreTrainedModel) -> None:
+    # A step holds 20 tokens: the long prompt's pieces share steps with the sampled requests' rows.
+    limits = BatchLimits(64, 20, 8)
+    short = [engine_request(f"s{i}", [7 + i, 8], 12, temperature=1.5, seed=i, top_logprobs=1) for i in range(3)]
+    with continuous_engine(model, limits) as engine:
+        alone = [submit(engine, request).token_ids() for request in short]
+        logs = [submit(engine, request) for request in short]
+        logs[0].until_token()
+        long = submit(engine, engine_request("long", LONG_PROMPT, 4, temperature=1.5, seed=9))
+        assert [log.token_ids() for log in logs[1:]] == alone[1:]
+        assert logs[0].token_ids() == alone[0][1:]
+        long_ids = long.token_ids()
+        assert submit(engine, engine_request("again", LONG_PROMPT, 4, temperature=1.5, seed=9)).token_ids() == long_ids
+
+
+def test_plain_greedy_rows_are_left_to_transformers(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_draw(*_: object) -> None:
+        raise AssertionError("a plain greedy row was looked at")
+
+    with continuous_engine(model) as engine:
+        monkeypatch.setattr(RowSampler, "draw", no_draw)
+        assert submit(engine, engine_request("r", LONG_PROMPT, 5)).token_ids() == greedy_oracle(model, LONG_PROMPT, 5)
+
+
+def test_the_model_is_given_back_as_it_was() -> None:
+    model = make_tiny_model("gpt_oss")
+    attention = model.config._attn_implementation
+    expected = greedy_oracle(model, [5, 6], 4)
+    with continuous_engine(model) as engine:
+        assert submit(engine, engine_request("r", [5, 6], 4)).token_ids() == expected
+    assert model.config._attn_implementation == attention
+    assert greedy_oracle(model, [5, 6], 4) == expected
+
+
+def test_the_longest_request_fills_all_kv_blocks(model: PreTrainedModel) -> None:
+    limits = BatchLimits(3, 32, 2)
+    steps = StepLog()
+    with continuous_engine(model, limits, steps=steps) as engine:
+        assert engine.max_request_tokens == 3 * KV_BLOCK_TOKENS
+        prompt = LONG_PROMPT[: engine.max_request_tokens - 10]
+        for number in range(2):
+            log = submit(engine, engine_request(f"r{number}", prompt, 10))
+            assert log.token_ids() == greedy_oracle(model, prompt, 10)
+    assert not steps.has_died
