@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 from expert_store.arena import ArenaLayout
 from expert_store.directory import Directory, DirectoryEntry
 from promoe.errors import InvalidInput
 from promoe.ids import ExpertId
+
+_GENERATIONS_OUT_OF_SIGHT: Final = 1 << 16
 
 
 class BlobState(Enum):
@@ -92,7 +95,7 @@ class Lease:
 class _Retirement:
     generation: int
     reason: str
-    on_reusable: Callable[[], None]
+    on_reusable: Callable[[], None] | None = None
 
 
 class BlobTable:
@@ -100,7 +103,8 @@ class BlobTable:
 
     Args:
         layout: which blobs there are.
-        directory: the arena's; entries whose checksum is not the pack's are taken for empty.
+        directory: the arena's. What it does not show to be intact and published, but to be used, starts RETIRED: nodes
+            that an earlier store served may read it.
         checksums: xxh3-64 by the blob's place, from the pack's manifest.
     """
 
@@ -114,12 +118,7 @@ class BlobTable:
         self._retirements: dict[int, _Retirement] = {}
         self._leases: dict[str, Lease] = {}
         self._num_empty = layout.num_blobs
-        for index in range(layout.num_blobs):
-            entry = directory.read(index)
-            if entry is not None and entry.checksum == checksums[index]:
-                self._states[index] = BlobState.PUBLISHED
-                self._generations[index] = entry.generation
-                self._num_empty -= 1
+        self._take_over()
 
     @property
     def leases(self) -> list[Lease]:
@@ -152,18 +151,30 @@ class BlobTable:
             self._num_empty -= state is BlobState.EMPTY
             self._states[index] = BlobState.PUBLISHED
             self._generations[index] += 1
-            self._directory.write(index, DirectoryEntry(self._generations[index], self._checksums[index]))
+            self._directory.write(index, DirectoryEntry(True, self._generations[index], self._checksums[index]))
         self._send_all(BlobsAdded(tuple(self._published(index) for index in indices), self.is_complete))
 
-    def retire(self, index: int, reason: str, on_reusable: Callable[[], None]) -> None:
-        """Withdraws a published blob; `on_reusable` is called once, when no node reads it any more."""
+    def retire(self, index: int, reason: str) -> None:
+        """Withdraws a published blob."""
         assert self._states[index] is BlobState.PUBLISHED, f"blob {index} is {self._states[index].value}"
-        self._directory.clear(index)
+        generation = self._generations[index]
+        self._directory.write(index, DirectoryEntry(False, generation, self._checksums[index]))
         self._states[index] = BlobState.RETIRED
-        self._retirements[index] = _Retirement(self._generations[index], reason, on_reusable)
+        self._retirements[index] = _Retirement(generation, reason)
         for lease in self._leases.values():
             lease.unacknowledged.add(index)
-        self._send_all(BlobWithdrawn(self._layout.expert_at(index), self._generations[index], reason))
+        self._send_all(BlobWithdrawn(self._layout.expert_at(index), generation, reason))
+        self._settle(index)
+
+    def when_reusable(self, index: int, callback: Callable[[], None]) -> None:
+        """Calls back once, when no node reads the retired blob any more: at once if none does now."""
+        retirement = self._retirements.get(index)
+        if retirement is None:
+            assert self._states[index] is BlobState.REUSABLE, f"blob {index} is {self._states[index].value}"
+            callback()
+            return
+        assert retirement.on_reusable is None, f"somebody waits for blob {index} already"
+        retirement.on_reusable = callback
         self._settle(index)
 
     def attach(self, lease: Lease, knows_arena: bool) -> None:
@@ -188,7 +199,8 @@ class BlobTable:
 
     def expect(self, node_instance_id: str, pid: int) -> None:
         """Keeps a place for a node that held this arena when the former store died, until it attaches or is dropped."""
-        self._leases.setdefault(node_instance_id, Lease(node_instance_id, pid, send=None))
+        lease = Lease(node_instance_id, pid, send=None, unacknowledged=set(self._retirements))
+        self._leases.setdefault(node_instance_id, lease)
 
     def acknowledge(self, lease: Lease, expert: ExpertId, generation: int) -> None:
         """The node no longer reads a retired blob. Repeating it does no harm.
@@ -220,16 +232,31 @@ class BlobTable:
 
     def check_integrity(self) -> None:
         """Asserts what must hold between any two calls."""
-        waited_for = {index for lease in self._leases.values() for index in lease.unacknowledged}
         for index, state in enumerate(self._states):
             entry = self._directory.read(index)
-            assert (entry is not None) == (state is BlobState.PUBLISHED), f"directory and table differ at {index}"
-            if entry is not None:
-                assert entry == DirectoryEntry(self._generations[index], self._checksums[index])
+            published = entry is not None and entry.published
+            assert published == (state is BlobState.PUBLISHED), f"directory and table differ at {index}"
+            assert self._directory.is_unused(index) == (state is BlobState.EMPTY), f"{index} was used"
+            if published:
+                assert entry == DirectoryEntry(True, self._generations[index], self._checksums[index])
             assert (index in self._retirements) == (state is BlobState.RETIRED)
-            if state is BlobState.RETIRED:
-                assert index in waited_for, f"blob {index} waits for nobody"
         assert self._num_empty == self.count(BlobState.EMPTY)
+
+    def _take_over(self) -> None:
+        entries = [self._directory.read(index) for index in range(self._layout.num_blobs)]
+        highest = max((entry.generation for entry in entries if entry is not None), default=0)
+        for index, entry in enumerate(entries):
+            if self._directory.is_unused(index):
+                continue
+            self._num_empty -= 1
+            # The generation of a torn entry is unknown: one that no node can have seen takes its place.
+            self._generations[index] = entry.generation if entry else highest + _GENERATIONS_OUT_OF_SIGHT
+            if entry is not None and entry.published and entry.checksum == self._checksums[index]:
+                self._states[index] = BlobState.PUBLISHED
+            else:
+                self._states[index] = BlobState.RETIRED
+                reason = f"{self._layout.expert_at(index)} was not whole when the store ended; it is read again."
+                self._retirements[index] = _Retirement(self._generations[index], reason)
 
     def _published(self, index: int) -> PublishedBlob:
         return PublishedBlob(self._layout.expert_at(index), self._layout.offset_of(index), self._generations[index])
@@ -248,4 +275,5 @@ class BlobTable:
             return
         retirement = self._retirements.pop(index)
         self._states[index] = BlobState.REUSABLE
-        retirement.on_reusable()
+        if retirement.on_reusable is not None:
+            retirement.on_reusable()

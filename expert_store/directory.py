@@ -12,17 +12,20 @@ ENTRY_NBYTES: Final = 64
 _ENTRY: Final = struct.Struct("<IIQ")
 _CRC: Final = struct.Struct("<I")
 _PUBLISHED: Final = 0x900DB10B
+_WITHDRAWN: Final = 0x0FF0B10B
 
 
 @dataclass(frozen=True)
 class DirectoryEntry:
-    """A published blob.
+    """A blob that is, or was, published.
 
     Attributes:
+        published: False when the blob was withdrawn, so that nodes may still have to be told.
         generation: counts from 1 how often the blob was written at its place.
         checksum: xxh3-64 of the blob.
     """
 
+    published: bool
     generation: int
     checksum: int
 
@@ -42,26 +45,27 @@ class Directory:
         return len(self._view) // ENTRY_NBYTES
 
     def read(self, index: int) -> DirectoryEntry | None:
-        """The entry, or None when nothing valid is published there."""
+        """The entry, or None when there is none or it was torn; see `is_unused`."""
         offset = index * ENTRY_NBYTES
         body = bytes(self._view[offset : offset + _ENTRY.size])
         mark, generation, checksum = _ENTRY.unpack(body)
         (crc,) = _CRC.unpack_from(self._view, offset + _ENTRY.size)
-        if mark != _PUBLISHED or crc != _crc(index, body):
+        if mark not in (_PUBLISHED, _WITHDRAWN) or crc != _crc(index, body):
             return None
-        return DirectoryEntry(generation, checksum)
+        return DirectoryEntry(mark == _PUBLISHED, generation, checksum)
+
+    def is_unused(self, index: int) -> bool:
+        """True when nothing was ever written there: no node can be reading the blob."""
+        offset = index * ENTRY_NBYTES
+        return not any(self._view[offset : offset + ENTRY_NBYTES])
 
     def write(self, index: int, entry: DirectoryEntry) -> None:
-        """Publishes; the blob's bytes must be in place already."""
+        """Publishes (the blob's bytes must be in place already) or withdraws."""
         offset = index * ENTRY_NBYTES
-        body = _ENTRY.pack(_PUBLISHED, entry.generation, entry.checksum)
+        mark = _PUBLISHED if entry.published else _WITHDRAWN
+        body = _ENTRY.pack(mark, entry.generation, entry.checksum)
         self._view[offset : offset + _ENTRY.size] = body
         _CRC.pack_into(self._view, offset + _ENTRY.size, _crc(index, body))
-
-    def clear(self, index: int) -> None:
-        """Withdraws the entry; the bytes may change from here on."""
-        offset = index * ENTRY_NBYTES
-        self._view[offset : offset + ENTRY_NBYTES] = bytes(ENTRY_NBYTES)
 
 
 def _crc(index: int, body: bytes) -> int:

@@ -39,7 +39,7 @@ class FdServer:
         self._listener.setblocking(False)
         self._listener.bind(os.fspath(path))
         path.chmod(0o660)
-        self._listener.listen(16)
+        self._listener.listen(_MAX_CONNECTIONS)
 
     async def run(self) -> None:
         """Answers until cancelled."""

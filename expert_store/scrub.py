@@ -36,8 +36,15 @@ class Scrub:
             self.verified_blobs += 1
             if not intact:
                 self.damaged_blobs += 1
-                self._mends.add(asyncio.create_task(self._mend(index)))
-                self._mends = {mend for mend in self._mends if not mend.done()}
+                reason = f"{self._layout.expert_at(index)} is damaged in memory; it is read from the pack again."
+                logger.error("%s", reason)
+                self._table.retire(index, reason)
+                self._start_mend(index)
+
+    def mend_withdrawn(self) -> None:
+        """Starts to mend what an adopted arena's store had withdrawn, or left half written."""
+        for index in self._table.indices(BlobState.RETIRED):
+            self._start_mend(index)
 
     async def stop(self) -> None:
         """Gives up the mends that are under way."""
@@ -45,13 +52,15 @@ class Scrub:
             mend.cancel()
         await asyncio.gather(*self._mends, return_exceptions=True)
 
+    def _start_mend(self, index: int) -> None:
+        self._mends = {mend for mend in self._mends if not mend.done()}
+        self._mends.add(asyncio.create_task(self._mend(index)))
+
     async def _mend(self, index: int) -> None:
         expert = self._layout.expert_at(index)
-        reason = f"{expert} is damaged in memory; it is read from the pack again."
-        logger.error("%s", reason)
         loop = asyncio.get_running_loop()
         reusable: asyncio.Future[None] = loop.create_future()
-        self._table.retire(index, reason, lambda: reusable.set_result(None))
+        self._table.when_reusable(index, lambda: reusable.set_result(None))
         while not (await asyncio.wait({reusable}, timeout=MEND_RETRY_S))[0]:
             silent = [lease.pid for lease in self._table.leases if index in lease.unacknowledged]
             logger.warning("%s waits for the compute nodes with pids %s to stop reading it.", expert, silent)

@@ -84,6 +84,7 @@ class ExpertStore:
         self._error: PromoeError | None = None
         self._changed = asyncio.Event()
         self._handed_back = asyncio.Event()
+        self._holders: list[AttachedNode] = []
         self._peer_pids: dict[str, int] = {}
 
     @property
@@ -124,7 +125,10 @@ class ExpertStore:
             InvalidInput, ModelMismatch, ResourceExhausted: this is not an arena to go on with.
         """
         assert self.phase is Phase.ADOPTING, "only a restarted store asks for its arena"
-        self._install(Arena.adopt(fd, self.layout, self._config.arena_kind))
+        table = self._install(Arena.adopt(fd, self.layout, self._config.arena_kind))
+        for node in self._holders:
+            table.expect(node.instance_id, node.pid)
+            self._peer_pids.setdefault(node.instance_id, node.pid)
         self._adopted = True
         self.phase = Phase.FILLING
         self._handed_back.set()
@@ -176,25 +180,21 @@ class ExpertStore:
 
     async def _obtain_arena(self) -> None:
         previous = self._run_dir.read_state()
-        holders = [node for node in previous.nodes if node.may_live()] if previous else []
-        if previous is not None and holders and previous.fingerprint == self.layout.fingerprint:
-            await self._wait_for_adoption(holders)
+        if previous is not None and previous.fingerprint == self.layout.fingerprint:
+            self._holders = [node for node in previous.nodes if node.may_live()]
+        if self._holders:
+            await self._wait_for_adoption()
         if self._table is None:
             self.phase = Phase.FILLING
             check_room_for(self.layout.nbytes)
             self._install(Arena.create(self.layout, self._config.arena_kind))
-        else:
-            for node in holders:
-                self._table.expect(node.instance_id, node.pid)
-                self._peer_pids.setdefault(node.instance_id, node.pid)
-            logger.info("Adopted the arena with %d blobs.", self._table.count(BlobState.PUBLISHED))
         self._write_state()
 
-    async def _wait_for_adoption(self, holders: list[AttachedNode]) -> None:
+    async def _wait_for_adoption(self) -> None:
         self.phase = Phase.ADOPTING
         logger.info(
             "%d compute node(s) may hold a former store's arena; waiting up to %g s for one to hand it back.",
-            len(holders),
+            len(self._holders),
             self._config.adopt_wait_s,
         )
         try:
@@ -203,16 +203,19 @@ class ExpertStore:
         except TimeoutError:
             logger.warning("No compute node handed the arena back; filling a new one.")
 
-    def _install(self, arena: Arena) -> None:
+    def _install(self, arena: Arena) -> BlobTable:
         self._arena = arena
         self._table = BlobTable(self.layout, arena.directory, self._checksums)
         self._changed.set()
+        return self._table
 
     async def _fill(self, threads: ThreadPoolExecutor) -> None:
         arena, table = await self.wait_for_table()
         reader = BlobReader(self._config.pack, arena, self._checksums)
         self._filling = Filling(self.layout, table, reader, self._on_progress)
         self._scrub = Scrub(self.layout, table, reader, threads)
+        if self._adopted:
+            logger.info("Adopted arena %s with %d whole blobs.", arena.uuid, table.count(BlobState.PUBLISHED))
         await self._filling.run(threads, self._config.fill_threads)
         self.phase = Phase.FULL
         if self._filling.read_nbytes:
@@ -230,8 +233,13 @@ class ExpertStore:
         absent = asyncio.create_task(self._forget_absent(table))
         try:
             if self._adopted:
+                self._scrub.mend_withdrawn()
                 await self._scrub.run_once()
-                logger.info("Verified the adopted arena: %d damaged.", self._scrub.damaged_blobs)
+                logger.info(
+                    "Verified the adopted arena: %d of %d blobs damaged.",
+                    self._scrub.damaged_blobs,
+                    self._scrub.verified_blobs,
+                )
             while self._config.scrub_interval_s:
                 await asyncio.sleep(self._config.scrub_interval_s)
                 await self._scrub.run_once()

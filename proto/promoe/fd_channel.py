@@ -25,6 +25,7 @@ from typing import Final
 from promoe.errors import InvalidInput, Unavailable
 
 _MAX_PACKET_NBYTES: Final = 4096
+_MAX_REASON_LENGTH: Final = 500
 _MAX_FDS: Final = 4
 
 FD_CHANNEL_DEADLINE_S: Final = 5.0
@@ -70,7 +71,8 @@ def send_packet(channel: socket.socket, packet: FdPacket, fd: int | None = None)
         "op": packet.op.value,
         "arena_uuid": packet.arena_uuid,
         "node_instance_id": packet.node_instance_id,
-        "reason": packet.reason,
+        # JSON may write six bytes for a character, and a packet that is cut cannot be read at all.
+        "reason": packet.reason[:_MAX_REASON_LENGTH],
     }
     socket.send_fds(channel, [json.dumps(document).encode()], [] if fd is None else [fd])
 
@@ -109,7 +111,7 @@ def _decode(payload: bytes) -> FdPacket:
         op = FdOp(document["op"])
         texts = [document[key] for key in ("arena_uuid", "node_instance_id", "reason")]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InvalidInput(f"A packet on the descriptor channel cannot be read ({error!r}).") from error
+        raise InvalidInput(f"A packet on the descriptor channel cannot be read ({type(error).__name__}).") from error
     if not all(isinstance(text, str) for text in texts):
         raise InvalidInput("A packet on the descriptor channel has a field that is not text.")
     return FdPacket(op, *texts)

@@ -61,10 +61,10 @@ def test_an_adopted_arena_is_the_one_that_was_made() -> None:
     with made_arena() as arena:
         with arena.blob_view(4) as blob:
             blob[:3] = b"abc"
-        arena.directory.write(4, DirectoryEntry(7, 99))
+        arena.directory.write(4, DirectoryEntry(True, 7, 99))
         adopted = Arena.adopt(os.dup(arena.fd), LAYOUT, "memfd")
         assert adopted.uuid == arena.uuid
-        assert adopted.directory.read(4) == DirectoryEntry(7, 99)
+        assert adopted.directory.read(4) == DirectoryEntry(True, 7, 99)
         assert adopted.checksum(4) == arena.checksum(4) != arena.checksum(3)
         adopted.close()
 

@@ -1,7 +1,7 @@
 """No byte of a blob changes while a node may read it: the table against a model of what each node may read."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
@@ -94,7 +94,8 @@ class TableMachine(RuleBasedStateMachine):
     @rule(index=INDICES)
     def retire(self, index: int) -> None:
         if index in self.table.indices(BlobState.PUBLISHED):
-            self.table.retire(index, "It is damaged.", lambda: self.reusable.add(index))
+            self.table.retire(index, "It is damaged.")
+            self.table.when_reusable(index, lambda: self.reusable.add(index))
 
     @rule(node=nodes, stale=st.booleans())
     def acknowledge(self, node: Node, stale: bool) -> None:
@@ -122,9 +123,12 @@ class TableMachine(RuleBasedStateMachine):
             assert waiting <= set(self.table.indices(BlobState.RETIRED))
 
     @invariant()
-    def a_restarted_store_sees_the_same_blobs(self) -> None:
+    def a_restarted_store_sees_the_same_blobs_and_writes_under_nobody(self) -> None:
         successor = BlobTable(LAYOUT, Directory(memoryview(bytearray(self.memory))), CHECKSUMS)
+        successor.check_integrity()
         assert successor.indices(BlobState.PUBLISHED) == self.table.indices(BlobState.PUBLISHED)
+        for index in successor.indices(BlobState.EMPTY):
+            assert not any(node.may_read(index) for node in self.attached.values())
 
 
 TestTable = TableMachine.TestCase
@@ -136,11 +140,52 @@ def new_table(checksums: list[int] = CHECKSUMS, memory: bytearray | None = None)
     return BlobTable(LAYOUT, Directory(memoryview(memory)), checksums)
 
 
-def test_a_blob_that_the_pack_does_not_have_is_not_taken_over() -> None:
+def test_a_blob_that_the_pack_does_not_have_is_withdrawn_from_who_reads_it() -> None:
     memory = bytearray(LAYOUT.num_blobs * ENTRY_NBYTES)
     new_table(memory=memory).publish([0, 1])
     successor = new_table([0, *CHECKSUMS[1:]], memory)
     assert successor.indices(BlobState.PUBLISHED) == [1]
+    assert successor.indices(BlobState.RETIRED) == [0]
+
+
+@given(st.integers(0, 19), st.integers(0, 7), st.booleans())
+def test_after_a_torn_entry_a_node_is_told_and_the_generation_is_a_new_one(byte: int, bit: int, retire: bool) -> None:
+    memory = bytearray(LAYOUT.num_blobs * ENTRY_NBYTES)
+    former = new_table(memory=memory)
+    former.publish([0, 1])
+    if retire:
+        former.retire(0, "It is damaged.")
+    memory[byte] ^= 1 << bit
+    table = new_table(memory=memory)
+    table.expect("node", 5)
+    table.check_integrity()
+    assert table.indices(BlobState.RETIRED) == [0]
+    reusable: list[int] = []
+    table.when_reusable(0, lambda: reusable.append(0))
+    assert reusable == []
+    node = Node("node")
+    table.attach(node.lease, knows_arena=True)
+    assert set(node.readable) == {ExpertId(0, 1)}
+    table.acknowledge(node.lease, ExpertId(0, 0), node.to_acknowledge.pop(ExpertId(0, 0)))
+    assert reusable == [0]
+    table.publish([0])
+    assert node.readable[ExpertId(0, 0)] > 1
+    table.check_integrity()
+
+
+def test_a_withdrawn_blob_stays_withdrawn_over_a_restart_and_counts_on() -> None:
+    memory = bytearray(LAYOUT.num_blobs * ENTRY_NBYTES)
+    former = new_table(memory=memory)
+    former.publish([0])
+    former.retire(0, "It is damaged.")
+    table = new_table(memory=memory)
+    called: list[int] = []
+    table.when_reusable(0, lambda: called.append(0))
+    assert called == [0], "nobody is expected"
+    table.publish([0])
+    node = Node("node")
+    table.attach(node.lease, knows_arena=False)
+    assert node.readable == {ExpertId(0, 0): 2}
 
 
 def test_an_expected_node_keeps_a_withdrawn_blob_until_it_has_come_back_and_acknowledged() -> None:
@@ -148,7 +193,8 @@ def test_an_expected_node_keeps_a_withdrawn_blob_until_it_has_come_back_and_ackn
     table.publish([0, 1])
     table.expect("node", 5)
     reusable: list[int] = []
-    table.retire(0, "It is damaged.", lambda: reusable.append(0))
+    table.retire(0, "It is damaged.")
+    table.when_reusable(0, lambda: reusable.append(0))
     assert reusable == []
     node = Node("node")
     table.attach(node.lease, knows_arena=True)
@@ -163,7 +209,8 @@ def test_an_expected_node_that_never_comes_back_is_given_up() -> None:
     table.publish([0])
     table.expect("node", 5)
     reusable: list[int] = []
-    table.retire(0, "It is damaged.", lambda: reusable.append(0))
+    table.retire(0, "It is damaged.")
+    table.when_reusable(0, lambda: reusable.append(0))
     assert [lease.pid for lease in table.drop_absent()] == [5]
     assert reusable == [0]
     assert table.leases == []

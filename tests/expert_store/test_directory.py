@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 
 from expert_store.directory import ENTRY_NBYTES, Directory, DirectoryEntry
 
-ENTRIES = st.builds(DirectoryEntry, st.integers(1, 2**32 - 1), st.integers(0, 2**64 - 1))
+ENTRIES = st.builds(DirectoryEntry, st.booleans(), st.integers(1, 2**32 - 1), st.integers(0, 2**64 - 1))
+
+ENTRY_BYTES = st.binary(max_size=ENTRY_NBYTES)
 
 
 @given(st.dictionaries(st.integers(0, 9), ENTRIES))
@@ -46,11 +48,13 @@ def test_an_entry_is_valid_at_its_own_place_only(entry: DirectoryEntry) -> None:
     assert directory.read(1) is None
 
 
-@given(ENTRIES)
-def test_a_cleared_entry_is_empty_and_its_neighbour_stays(entry: DirectoryEntry) -> None:
-    directory = Directory(memoryview(bytearray(2 * ENTRY_NBYTES)))
+@given(ENTRIES, ENTRY_BYTES)
+def test_only_a_place_that_was_never_written_is_unused(entry: DirectoryEntry, torn: bytes) -> None:
+    memory = bytearray(2 * ENTRY_NBYTES)
+    directory = Directory(memoryview(memory))
+    assert directory.is_unused(0)
+    memory[: len(torn)] = torn
+    assert directory.is_unused(0) == (not any(torn))
     directory.write(0, entry)
-    directory.write(1, entry)
-    directory.clear(0)
-    assert directory.read(0) is None
-    assert directory.read(1) == entry
+    assert not directory.is_unused(0)
+    assert directory.is_unused(1)

@@ -68,6 +68,14 @@ def test_garbage_is_refused_and_its_descriptors_closed(payload: bytes, num_fds: 
             receive_packet(far)
 
 
+def test_a_reason_of_any_length_arrives() -> None:
+    near, far = channel_pair()
+    with near, far:
+        send_packet(near, FdPacket(FdOp.REFUSED, reason="\u2014" * 100_000))
+        packet, _ = receive_packet(far)
+        assert packet.reason == "\u2014" * 500
+
+
 def test_more_than_one_descriptor_is_not_of_this_protocol() -> None:
     near, far = channel_pair()
     with near, far, Path(os.devnull).open() as file:
