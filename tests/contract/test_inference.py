@@ -1,16 +1,39 @@
 """The Inference service through a real server and socket, over a tiny model."""
 
 import asyncio
-from collections.abc import Iterator
+import math
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
+import grpc
+import grpc.aio
 import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compute_node.engine import Engine
+from compute_node.admission import AdmissionLimits
+from compute_node.engine import Engine, EngineKind
+from compute_node.prompt import PromptLimits
+from promoe import telemetry
+from promoe.errors import RETRY_AFTER_METADATA_KEY
 from promoe.v1 import inference_pb2
-from tests.compute_node.tiny_serving import Serving, continuous_engine, greedy_oracle, load_tokenizer, serving
-from tests.families import make_tiny_model
+from tests.compute_node.tiny_serving import (
+    FixedReport,
+    Serving,
+    greedy_oracle,
+    load_tokenizer,
+    serving,
+    started_engine,
+)
+from tests.families import END_OF_TURN_ID, VOCABULARY, make_tiny_model
+
+CONTEXT = 256
+PROMPT = "then the sand"
+
+_T = TypeVar("_T")
+Scenario: TypeAlias = Callable[[Serving], Awaitable[_T]]
 
 
 @pytest.fixture(scope="module")
@@ -19,18 +42,61 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
+def oracle() -> PreTrainedModel:
+    """The same weights, out of reach of the engines."""
+    return make_tiny_model("qwen2_moe")
+
+
+@pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     return load_tokenizer(Path(tmp_path_factory.mktemp("tokenizer")))
 
 
-@pytest.fixture(scope="module")
-def engine(model: PreTrainedModel) -> Iterator[Engine]:
-    with continuous_engine(model) as started:
+@pytest.fixture(scope="module", params=list(EngineKind), ids=lambda kind: kind.value)
+def engine(request: pytest.FixtureRequest, model: PreTrainedModel, oracle: PreTrainedModel) -> Iterator[Engine]:
+    with started_engine(request.param, model) as started:
         yield started
+
+
+class Node:
+    """Runs scenarios against a fresh server over the shared engine."""
+
+    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+
+    def run(self, scenario: Scenario[_T], limits: AdmissionLimits | None = None) -> _T:
+        async def whole() -> _T:
+            prompt_limits = PromptLimits(len(VOCABULARY), CONTEXT, 4096)
+            async with serving(self.engine, self.tokenizer, limits, prompt_limits) as server:
+                return await scenario(server)
+
+        return asyncio.run(asyncio.wait_for(whole(), 120))
+
+    def ids(self, text: str) -> list[int]:
+        token_ids: list[int] = self.tokenizer(text)["input_ids"]
+        return token_ids
+
+
+@pytest.fixture(scope="module")
+def node(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> Node:
+    return Node(engine, tokenizer)
+
+
+def text_request(text: str = PROMPT, /, **params: object) -> inference_pb2.GenerateRequest:
+    """Goes on past the end of sequence unless told otherwise: tiny models end where they like."""
+    sampling = inference_pb2.SamplingParams(**({"ignore_eos": True} | params))  # type: ignore[arg-type]
+    return inference_pb2.GenerateRequest(text=text, sampling=sampling)
 
 
 async def generate(server: Serving, request: inference_pb2.GenerateRequest) -> list[inference_pb2.GenerateResponse]:
     return [response async for response in server.stub.Generate(request, timeout=60)]
+
+
+async def refusal(server: Serving, request: inference_pb2.GenerateRequest) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await generate(server, request)
+    return refused.value
 
 
 def text_of(responses: list[inference_pb2.GenerateResponse]) -> str:
@@ -41,23 +107,380 @@ def ids_of(responses: list[inference_pb2.GenerateResponse]) -> list[int]:
     return [token_id for response in responses for token_id in response.delta.token_ids]
 
 
-def test_greedy_text_streams_token_by_token(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: Engine
-) -> None:
-    async def scenario() -> list[inference_pb2.GenerateResponse]:
-        async with serving(engine, tokenizer) as server:
-            sampling = inference_pb2.SamplingParams(max_tokens=12, ignore_eos=True)
-            return await generate(server, inference_pb2.GenerateRequest(text="then the", sampling=sampling))
+async def until(condition: Callable[[], bool]) -> None:
+    """Lets the loop turn until `condition` holds; the scenario's own deadline ends a wait that is in vain."""
+    while not condition():
+        await asyncio.sleep(0.001)
 
-    responses = asyncio.run(scenario())
-    prompt_ids = tokenizer("then the")["input_ids"]
-    oracle = greedy_oracle(model, prompt_ids, 12)
+
+def test_greedy_text_streams_token_by_token(node: Node, oracle: PreTrainedModel) -> None:
+    responses = node.run(lambda server: generate(server, text_request(max_tokens=12)))
+    expected = greedy_oracle(oracle, node.ids(PROMPT), 12)
     assert [response.WhichOneof("event") for response in responses[:2]] == ["accepted", "delta"]
-    assert responses[0].accepted.prompt_tokens == len(prompt_ids)
-    assert ids_of(responses) == oracle
-    assert text_of(responses) == tokenizer.decode(oracle, skip_special_tokens=True)
+    assert responses[0].accepted.prompt_tokens == len(node.ids(PROMPT))
+    assert [list(response.delta.token_ids) for response in responses[1:13]] == [[each] for each in expected]
+    assert text_of(responses) == node.tokenizer.decode(expected, skip_special_tokens=True)
     finish = responses[-1].finish
     assert finish.reason == inference_pb2.FINISH_REASON_MAX_TOKENS
-    assert finish.usage.output_tokens == 12
+    assert (finish.usage.prompt_tokens, finish.usage.output_tokens) == (len(node.ids(PROMPT)), 12)
     assert 0 < finish.usage.queue_s < finish.usage.ttft_s
     assert finish.usage.tpot_s > 0
+
+
+def test_chats_texts_and_tokens_are_three_ways_to_the_same_prompt(node: Node) -> None:
+    rendered = "<|im_start|>user\nthe sea<|im_end|>\n<|im_start|>assistant\n"
+    sampling = inference_pb2.SamplingParams(max_tokens=6, ignore_eos=True)
+    chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="the sea")])
+    requests = [
+        inference_pb2.GenerateRequest(chat=chat, sampling=sampling),
+        inference_pb2.GenerateRequest(text=rendered, sampling=sampling),
+        inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=node.ids(rendered)), sampling=sampling),
+    ]
+
+    async def scenario(server: Serving) -> list[list[int]]:
+        return [ids_of(await generate(server, request)) for request in requests]
+
+    answers = node.run(scenario)
+    assert answers[0] == answers[1] == answers[2]
+    assert len(answers[0]) == 6
+
+
+def test_a_seed_that_the_server_drew_repeats_the_answer(node: Node) -> None:
+    async def scenario(server: Serving) -> tuple[list[list[int]], list[int]]:
+        first = await generate(server, text_request(max_tokens=10, temperature=1.5))
+        seed = first[0].accepted.seed
+        second = await generate(server, text_request(max_tokens=10, temperature=1.5, seed=seed))
+        other = await generate(server, text_request(max_tokens=10, temperature=1.5))
+        return [ids_of(first), ids_of(second)], [seed, other[0].accepted.seed]
+
+    answers, seeds = node.run(scenario)
+    assert answers[0] == answers[1]
+    assert seeds[0] != seeds[1]
+
+
+def test_concurrent_answers_are_those_they_would_be_alone(node: Node, oracle: PreTrainedModel) -> None:
+    texts = [PROMPT, "the", "sand and sea " * 6, "h"]
+
+    async def scenario(server: Serving) -> list[list[int]]:
+        answers = await asyncio.gather(*(generate(server, text_request(text, max_tokens=9)) for text in texts))
+        return [ids_of(answer) for answer in answers]
+
+    assert node.run(scenario) == [greedy_oracle(oracle, node.ids(text), 9) for text in texts]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_text_ends_before_a_stop_string(node: Node, oracle: PreTrainedModel, length: int) -> None:
+    whole = node.tokenizer.decode(greedy_oracle(oracle, node.ids(PROMPT), 30), skip_special_tokens=True)
+    assert isinstance(whole, str)
+    start = next(index for index in range(8, len(whole)) if "\ufffd" not in whole[index : index + length])
+    stop = whole[start : start + length]
+    responses = node.run(lambda server: generate(server, text_request(max_tokens=30, stop_strings=["never", stop])))
+    assert text_of(responses) == whole[: whole.index(stop)]
+    finish = responses[-1].finish
+    assert (finish.reason, finish.stop_string) == (inference_pb2.FINISH_REASON_STOP_STRING, stop)
+    assert finish.usage.output_tokens == len(ids_of(responses)) < 30
+
+
+def test_a_stop_token_ends_the_answer_and_is_named(node: Node, oracle: PreTrainedModel) -> None:
+    expected = greedy_oracle(oracle, node.ids(PROMPT), 20)
+    stop = expected[7]
+    responses = node.run(lambda server: generate(server, text_request(max_tokens=20, stop_token_ids=[stop])))
+    finish = responses[-1].finish
+    assert ids_of(responses) == expected[: expected.index(stop)]
+    assert (finish.reason, finish.stop_token_id) == (inference_pb2.FINISH_REASON_STOP_TOKEN, stop)
+    assert finish.usage.output_tokens == expected.index(stop) + 1
+
+
+def test_the_models_own_end_of_sequence_ends_the_answer_unless_ignored(node: Node, oracle: PreTrainedModel) -> None:
+    prompts = (list(range(start, start + 57)) for start in range(3, 200))
+    prompt, expected = next(
+        (prompt, answer) for prompt in prompts if END_OF_TURN_ID in (answer := greedy_oracle(oracle, prompt, 20))
+    )
+
+    async def scenario(server: Serving) -> list[list[inference_pb2.GenerateResponse]]:
+        token_ids = inference_pb2.TokenIds(ids=prompt)
+        settings = [inference_pb2.SamplingParams(max_tokens=20, ignore_eos=ignore) for ignore in (False, True)]
+        return [
+            await generate(server, inference_pb2.GenerateRequest(token_ids=token_ids, sampling=sampling))
+            for sampling in settings
+        ]
+
+    ended, ignored = node.run(scenario)
+    assert ids_of(ended) == expected[: expected.index(END_OF_TURN_ID)]
+    assert ended[-1].finish.reason == inference_pb2.FINISH_REASON_END_OF_SEQUENCE
+    assert ended[-1].finish.stop_token_id == END_OF_TURN_ID
+    assert ids_of(ignored) == expected
+
+
+def test_an_answer_ends_where_the_context_does(node: Node) -> None:
+    responses = node.run(lambda server: generate(server, text_request("the " * 200, max_tokens=1000)))
+    finish = responses[-1].finish
+    assert finish.reason == inference_pb2.FINISH_REASON_CONTEXT_FULL
+    assert finish.usage.prompt_tokens + finish.usage.output_tokens == CONTEXT
+
+
+def test_logprobs_are_those_of_a_plain_forward_pass(node: Node, oracle: PreTrainedModel) -> None:
+    params = {"max_tokens": 5, "temperature": 0.8, "seed": 5, "top_logprobs": 2}
+    responses = node.run(lambda server: generate(server, text_request(**params)))
+    prompt_ids, ids = node.ids(PROMPT), ids_of(responses)
+    with torch.no_grad():
+        logits_TV = oracle(input_ids=torch.tensor([prompt_ids + ids])).logits[0]
+    logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
+    reported = [logprob for response in responses for logprob in response.delta.logprobs]
+    assert [each.token.token_id for each in reported] == ids
+    for position, each in enumerate(reported, start=len(prompt_ids) - 1):
+        assert each.token.logprob == pytest.approx(float(logprobs_TV[position, each.token.token_id]), abs=1e-4)
+        best = torch.topk(logprobs_TV[position], 2)
+        assert [other.token_id for other in each.alternatives] == best.indices.tolist()
+        assert [other.logprob for other in each.alternatives] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert each.token.text == node.tokenizer.decode([each.token.token_id])
+
+
+def test_no_logprobs_unless_asked_for(node: Node) -> None:
+    responses = node.run(lambda server: generate(server, text_request(max_tokens=2)))
+    assert not any(response.delta.logprobs for response in responses)
+
+
+UNKNOWN_FIELD = b"\xa2\x06\x01x"  # field 100, a string
+
+
+def with_unknown_field(message: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest.FromString(message.SerializeToString() + UNKNOWN_FIELD)
+
+
+BAD_REQUESTS = {
+    "no prompt": (inference_pb2.GenerateRequest(), "prompt is not set; allowed: text, chat, token_ids"),
+    "empty text": (text_request(""), "prompt is empty"),
+    "empty chat": (inference_pb2.GenerateRequest(chat=inference_pb2.Chat()), "prompt is empty"),
+    "empty tokens": (inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds()), "prompt is empty"),
+    "unknown token": (
+        inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1, 4_000_000_000])),
+        "token_ids has 4000000000; allowed: 0 to",
+    ),
+    "long prompt": (text_request("x" * CONTEXT), f"prompt has {CONTEXT} tokens; allowed: fewer than the context's"),
+    "10 MB prompt": (text_request("x" * 10_000_000), "prompt has 10000000 bytes or more; allowed: at most 4096"),
+    "unknown field": (with_unknown_field(text_request()), "request has unknown field numbers [100]; allowed: text = 1"),
+    "unknown sampling field": (
+        inference_pb2.GenerateRequest(
+            text="x", sampling=inference_pb2.SamplingParams.FromString(b"\x99\x03\x00\x00\x00\x00\x00\x00\xf0?")
+        ),
+        "sampling has unknown field numbers [51]; allowed: max_tokens = 1",
+    ),
+    "NaN temperature": (text_request(temperature=math.nan), "temperature is nan; allowed: 0 to 5"),
+    "infinite temperature": (text_request(temperature=math.inf), "temperature is inf; allowed: 0 to 5"),
+    "negative temperature": (text_request(temperature=-1.0), "temperature is -1.0; allowed: 0 to 5"),
+    "top_p 0": (text_request(top_p=0.0), "top_p is 0.0; allowed: above 0, up to 1"),
+    "top_p above 1": (text_request(top_p=1.5), "top_p is 1.5; allowed: above 0, up to 1"),
+    "top_k 0": (text_request(top_k=0), "top_k is 0; allowed: 1 or more"),
+    "no penalty": (text_request(repetition_penalty=0.0), "repetition_penalty is 0.0; allowed: above 0, up to 5"),
+    "max_tokens 0": (text_request(max_tokens=0), "max_tokens is 0; allowed: 1 or more"),
+    "many logprobs": (text_request(top_logprobs=21), "top_logprobs is 21; allowed: 0 to 20"),
+    "many stop strings": (text_request(stop_strings=["x"] * 17), "stop_strings has 17 strings; allowed: at most 16"),
+    "empty stop string": (text_request(stop_strings=["a", ""]), "stop_strings has a string of 0 characters"),
+    "long stop string": (text_request(stop_strings=["x" * 1025]), "stop_strings has a string of 1025 characters"),
+    "unknown stop token": (text_request(stop_token_ids=[99999]), "stop_token_ids has 99999; allowed: 0 to"),
+}
+
+
+def test_bad_requests_are_refused_with_field_value_and_range(node: Node) -> None:
+    async def scenario(server: Serving) -> dict[str, grpc.aio.AioRpcError]:
+        errors = {name: await refusal(server, request) for name, (request, _) in BAD_REQUESTS.items()}
+        assert len(ids_of(await generate(server, text_request(max_tokens=2)))) == 2
+        return errors
+
+    for name, error in node.run(scenario).items():
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, name
+        assert BAD_REQUESTS[name][1] in str(error.details()), name
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('Only user and assistant roles.') }}", "Only user and assistant"),
+    ],
+)
+def test_chats_that_the_model_cannot_have_are_refused(
+    engine: Engine, tmp_path: Path, template: str | None, sentence: str
+) -> None:
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.chat_template = template
+    chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="robot", content="hi")])
+    error = Node(engine, tokenizer).run(lambda server: refusal(server, inference_pb2.GenerateRequest(chat=chat)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert sentence in str(error.details())
+
+
+def test_a_client_that_goes_away_frees_its_place(node: Node) -> None:
+    async def scenario(server: Serving) -> None:
+        call = server.stub.Generate(text_request(max_tokens=250), timeout=60)
+        stream = aiter(call)
+        while (await anext(stream)).WhichOneof("event") != "delta":
+            pass
+        assert server.admission.num_running == 1
+        call.cancel()
+        await until(lambda: server.admission.num_running == 0)
+        cancelled = ("promoe_requests_total", {"outcome": "cancelled"})
+        await until(lambda: server.registry.get_sample_value(*cancelled) == 1)
+        # Its place is the only one, and free.
+        assert len(ids_of(await generate(server, text_request(max_tokens=2)))) == 2
+
+    node.run(scenario, AdmissionLimits(1, 0, 60.0))
+
+
+def test_who_cannot_even_wait_is_told_when_to_come_again(node: Node) -> None:
+    async def scenario(server: Serving) -> grpc.aio.AioRpcError:
+        calls = [server.stub.Generate(text_request(max_tokens=250), timeout=60) for _ in range(2)]
+        streams = [aiter(call) for call in calls]
+        await anext(streams[0])
+        await until(lambda: (server.admission.num_running, server.admission.num_queued) == (1, 1))
+        error = await refusal(server, text_request(max_tokens=1))
+        for call in calls:
+            call.cancel()
+        return error
+
+    error = node.run(scenario, AdmissionLimits(1, 1, 60.0))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert int(error.trailing_metadata()[RETRY_AFTER_METADATA_KEY]) >= 100
+
+
+def test_a_request_is_ended_by_the_nodes_deadline(node: Node) -> None:
+    error = node.run(lambda server: refusal(server, text_request(max_tokens=250)), AdmissionLimits(1, 1, 0.05))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "not finished within 0.05 s" in str(error.details())
+
+
+def test_a_callers_deadline_frees_its_place(node: Node) -> None:
+    async def scenario(server: Serving) -> grpc.aio.AioRpcError:
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            async for _ in server.stub.Generate(text_request(max_tokens=250), timeout=0.1):
+                pass
+        await until(lambda: server.admission.num_running == 0)
+        return ended.value
+
+    assert node.run(scenario).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_draining_finishes_what_was_accepted_and_refuses_the_rest(node: Node) -> None:
+    async def scenario(server: Serving) -> tuple[list[int], grpc.aio.AioRpcError]:
+        stream = aiter(server.stub.Generate(text_request(max_tokens=60), timeout=60))
+        accepted = await anext(stream)
+        assert accepted.WhichOneof("event") == "accepted"
+        draining = asyncio.create_task(server.admission.drain(60.0))
+        await asyncio.sleep(0)
+        error = await refusal(server, text_request(max_tokens=1))
+        rest = [response async for response in stream]
+        await draining
+        return ids_of(rest), error
+
+    ids, error = node.run(scenario)
+    assert len(ids) == 60
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_what_is_open_at_the_drain_deadline_is_told(node: Node) -> None:
+    async def scenario(server: Serving) -> grpc.aio.AioRpcError:
+        stream = aiter(server.stub.Generate(text_request(max_tokens=250), timeout=60))
+        await anext(stream)
+        await server.admission.drain(0.0)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            async for _ in stream:
+                pass
+        await until(lambda: server.admission.num_running == 0)
+        return ended.value
+
+    error = node.run(scenario)
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "shutting down" in str(error.details())
+
+
+def test_text_goes_to_tokens_and_back(node: Node) -> None:
+    chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
+
+    async def scenario(server: Serving) -> tuple[list[int], list[int], str]:
+        stub = server.stub
+        tokens = await stub.Tokenize(inference_pb2.TokenizeRequest(text=PROMPT))
+        rendered = await stub.Tokenize(inference_pb2.TokenizeRequest(chat=chat))
+        text = await stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=tokens.token_ids))
+        return list(tokens.token_ids), list(rendered.token_ids), text.text
+
+    tokens, rendered, text = node.run(scenario)
+    assert tokens == node.ids(PROMPT)
+    assert rendered == node.ids("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert text == PROMPT
+
+
+def test_tokens_that_do_not_exist_are_refused(node: Node) -> None:
+    async def scenario(server: Serving) -> list[grpc.aio.AioRpcError]:
+        errors = []
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await server.stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=[12345]))
+        errors.append(refused.value)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await server.stub.Tokenize(inference_pb2.TokenizeRequest())
+        errors.append(refused.value)
+        return errors
+
+    errors = node.run(scenario)
+    assert [error.code() for error in errors] == [grpc.StatusCode.INVALID_ARGUMENT] * 2
+    assert [str(error.details()).split(";")[0] for error in errors] == ["token_ids has 12345", "input is not set"]
+
+
+def test_the_node_says_what_it_is(node: Node) -> None:
+    async def scenario(server: Serving) -> inference_pb2.InferenceGetInfoResponse:
+        return await server.stub.GetInfo(inference_pb2.InferenceGetInfoRequest())
+
+    info = node.run(scenario)
+    assert inference_pb2.EngineKind.Name(info.engine) == f"ENGINE_KIND_{node.engine.kind.name}"
+    assert info.service.instance_id == "instance-1"
+    assert info.service.schema_version == "1.0"
+    assert info.model.vocab_size == len(VOCABULARY)
+    assert not info.device.HasField("emulated_link_bytes_per_s")
+    assert (info.limits.max_context_tokens, info.limits.max_new_tokens) == (CONTEXT, CONTEXT - 1)
+    assert info.limits.max_prompt_bytes == 4096
+    assert info.expert_cache.cache_rate == FixedReport.shape.cache_rate
+    assert (info.store.endpoint, info.store.state) == ("unix:/run/store", inference_pb2.STORE_STATE_ATTACHED)
+
+
+def test_the_expert_caches_counters_are_passed_on(node: Node) -> None:
+    async def scenario(server: Serving) -> inference_pb2.CacheStatsResponse:
+        return await server.stub.CacheStats(inference_pb2.CacheStatsRequest())
+
+    stats = node.run(scenario)
+    assert (stats.prefill.hits, stats.prefill.misses, stats.prefill.late_prefetches) == (1, 2, 3)
+    assert (stats.decode.steps, stats.decode.tokens, stats.decode.demand_bytes) == (10, 11, 12)
+    assert [(layer.layer, layer.resident, layer.loading) for layer in stats.layers] == [(0, 3, 0), (1, 2, 1)]
+    assert (stats.uploaded_bytes, stats.link_busy_s) == (18, 0.25)
+    assert (stats.running_requests, stats.queued_requests) == (0, 0)
+
+
+def test_metrics_count_what_was_served(node: Node) -> None:
+    async def scenario(server: Serving) -> dict[str, float | None]:
+        await generate(server, text_request(max_tokens=5))
+        await refusal(server, text_request(top_k=0))
+        value = server.registry.get_sample_value
+        return {
+            "finished": value(f"{telemetry.REQUESTS}_total", {"outcome": "finished"}),
+            "prompt": value(f"{telemetry.TOKENS}_total", {"kind": "prompt"}),
+            "output": value(f"{telemetry.TOKENS}_total", {"kind": "output"}),
+            "ttft": value(f"{telemetry.TTFT_SECONDS}_count"),
+            "itl": value(f"{telemetry.ITL_SECONDS}_count"),
+            "tpot": value(f"{telemetry.TPOT_SECONDS}_count"),
+            "queue": value(f"{telemetry.QUEUE_SECONDS}_count"),
+        }
+
+    assert node.run(scenario) == {
+        "finished": 1, "prompt": len(node.ids(PROMPT)), "output": 5, "ttft": 1, "itl": 4, "tpot": 1, "queue": 1,
+    }  # fmt: skip
+
+
+def test_the_server_answers_health_checks(node: Node) -> None:
+    async def scenario(server: Serving) -> list[int]:
+        async with grpc.aio.insecure_channel(server.endpoint) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            return [
+                (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+                for service in ("", "promoe.v1.Inference")
+            ]
+
+    assert node.run(scenario) == [health_pb2.HealthCheckResponse.SERVING] * 2
