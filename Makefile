@@ -35,8 +35,9 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY) ## Builds the demo model once and answers two prompts through the whole stack.
 	$(BIN)/promoe demo
 
+# One thread each: the models are tiny, and several processes share the cores.
 test: $(READY) ## Runs every test that this machine can run.
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
 check: style types schema architecture ## Format, lint, types, schema, fresh stubs, architecture.
 
