@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import torch
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compute_node.admission import Admission, AdmissionLimits
@@ -50,6 +51,10 @@ class ComputeNode:
     Args:
         config: what was asked for.
 
+    Attributes:
+        has_died: the engine ended without having been stopped.
+        experts_modules: by MoE layer, for watching the routing; empty before `start`.
+
     Raises:
         PackDamaged, ModelNotFound: there is no usable pack.
     """
@@ -61,6 +66,7 @@ class ComputeNode:
         self._registry = CollectorRegistry()
         self._admission: Admission | None = None
         self.has_died = False
+        self.experts_modules: tuple[nn.Module, ...] = ()
 
     @property
     def spec(self) -> ModelSpec:
@@ -89,6 +95,7 @@ class ComputeNode:
         recorder = StepRecorder(ledger, CacheMetrics.register(self._registry), chosen.device.take_compute_stall_s)
         path, store = self._open_experts(chosen, plan)
         path.install(loaded, self.spec, recorder)
+        self.experts_modules = loaded.experts_modules
         path.expert_cache.warm()
         metrics = RequestMetrics(self._registry)
 
