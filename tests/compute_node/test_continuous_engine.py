@@ -98,9 +98,10 @@ def test_plain_greedy_rows_are_left_to_transformers(model: PreTrainedModel, monk
     def no_draw(*_: object) -> None:
         raise AssertionError("a plain greedy row was looked at")
 
+    expected = greedy_oracle(model, LONG_PROMPT, 5)
     with continuous_engine(model) as engine:
         monkeypatch.setattr(RowSampler, "draw", no_draw)
-        assert submit(engine, engine_request("r", LONG_PROMPT, 5)).token_ids() == greedy_oracle(model, LONG_PROMPT, 5)
+        assert submit(engine, engine_request("r", LONG_PROMPT, 5)).token_ids() == expected
 
 
 def test_the_model_is_given_back_as_it_was() -> None:
@@ -116,10 +117,10 @@ def test_the_model_is_given_back_as_it_was() -> None:
 def test_the_longest_request_fills_all_kv_blocks(model: PreTrainedModel) -> None:
     limits = BatchLimits(3, 32, 2)
     steps = StepLog()
+    prompt = LONG_PROMPT[: 3 * KV_BLOCK_TOKENS - 10]
+    expected = greedy_oracle(model, prompt, 10)
     with continuous_engine(model, limits, steps=steps) as engine:
         assert engine.max_request_tokens == 3 * KV_BLOCK_TOKENS
-        prompt = LONG_PROMPT[: engine.max_request_tokens - 10]
         for number in range(2):
-            log = submit(engine, engine_request(f"r{number}", prompt, 10))
-            assert log.token_ids() == greedy_oracle(model, prompt, 10)
+            assert submit(engine, engine_request(f"r{number}", prompt, 10)).token_ids() == expected
     assert not steps.has_died
