@@ -37,7 +37,7 @@ class StoreConfig:
     listen: str = ""
     metrics_listen: str = ""
     arena_kind: str = "memfd"
-    fill_threads: int = 4
+    fill_threads: int = 8
     adopt_wait_s: float = 10.0
     scrub_interval_s: float = 0.0
     allowed_uids: str = ""
