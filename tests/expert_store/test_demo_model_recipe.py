@@ -178,7 +178,7 @@ def test_distilling_brings_the_student_closer_and_leaves_the_base_alone(
     frozen = {name: tensor.clone() for name, tensor in student.named_buffers()}
     kl_before = losses(teacher, student, blocks.bible)[0].item()
     lines: list[str] = []
-    distil(teacher, student, blocks, DistilSettings(max_s=60, max_steps=40, batch_size=8), lines.append)
+    distil(teacher, student, blocks, DistilSettings(num_steps=40, batch_size=8), lines.append)
     assert losses(teacher, student, blocks.bible)[0].item() < 0.8 * kl_before
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in student.named_buffers())
     assert [line.split()[1] for line in lines] == ["0", "10", "20", "30"]
@@ -215,7 +215,7 @@ def test_all_steps_run_from_the_command_line(base: TinyBase, tmp_path: Path, mon
         ["corpus"],
         ["sample", "--num-answers", "22", "--max-new-tokens", "4"],
         ["cluster", *sizes, "--block-length", "16"],
-        ["distil", "--max-steps", "2", "--block-length", "16"],
+        ["distil", "--num-steps", "2", "--block-length", "16"],
     ]
     outputs = []
     for step, *options in runs:
