@@ -6,7 +6,7 @@ parameter, and the conversion itself. Names and calls are those of transformers 
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers import initialization as model_initialization
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -23,12 +25,16 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from expert_store.pack.checkpoint import DTYPE_OF_SAFETENSORS, Checkpoint, TensorReader
+from expert_store.pack.checkpoint import TensorReader
 from promoe.errors import ModelUnsupported, PackDamaged
 from promoe.model_spec import Dtype, ExpertLayout
 
 _EXPERTS_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 """What `use_experts_implementation` leaves on an experts module (transformers/integrations/moe.py)."""
+
+
+_PIECE_NBYTES = 8 << 20
+"""Bytes of converted experts at a time."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,22 @@ class ConversionUnit:
     patterns: tuple[str | None, ...]
     targets: tuple[str, ...]
 
+    def of_experts(self, chosen: range, num_experts: int) -> "ConversionUnit":
+        """The part of a unit with `num_experts` sources per pattern that makes the chosen experts."""
+        kept: list[tuple[str, str | None]] = []
+        for pattern in dict.fromkeys(self.patterns):
+            sources = [key for key, taken in zip(self.sources, self.patterns, strict=True) if taken == pattern]
+            assert len(sources) == num_experts, f"{pattern} takes {len(sources)} tensors for {num_experts} experts"
+            kept += [(sources[expert], pattern) for expert in chosen]
+        return ConversionUnit(tuple(key for key, _ in kept), tuple(pattern for _, pattern in kept), self.targets)
+
 
 @dataclass(frozen=True)
 class ConversionPlan:
     """What becomes what.
 
     Attributes:
-        layers: per MoE layer the units that make its experts, in the order of the module's parameters.
+        layers: per MoE layer the units that make its experts.
         dense: the units that make everything else.
         ignored: checkpoint tensors the model has no place for (as Transformers ignores them).
     """
@@ -167,8 +182,8 @@ class MetaModel:
         units, unexpected = self._units(keys)
         self._refuse_unexpected_experts(unexpected)
         self._refuse_missing(units)
+        self._refuse_missing_experts(units)
         layer_of = {module.target(p): n for n, module in enumerate(self.experts) for p in module.shapes}
-        order = {target: position for position, target in enumerate(layer_of)}
         layers: list[list[ConversionUnit]] = [[] for _ in self.experts]
         dense: list[ConversionUnit] = []
         for unit in units:
@@ -183,8 +198,7 @@ class MetaModel:
                     "promoe cannot pack such a checkpoint a layer at a time."
                 )
             layers[layer].append(unit)
-        in_order = (sorted(layer_units, key=lambda unit: order[unit.targets[0]]) for layer_units in layers)
-        return ConversionPlan(tuple(tuple(layer) for layer in in_order), tuple(dense), tuple(unexpected))
+        return ConversionPlan(tuple(tuple(layer) for layer in layers), tuple(dense), tuple(unexpected))
 
     def convert(self, unit: ConversionUnit, read: TensorReader) -> dict[str, torch.Tensor]:
         """The model tensors that this unit makes, on the CPU.
@@ -203,15 +217,45 @@ class MetaModel:
         else:
             raise PackDamaged(f"The checkpoint holds {unit.targets[0]} twice: in one piece and in parts.")
         for target in unit.targets:
-            if target not in made:
-                raise PackDamaged(f"The checkpoint's tensors do not make {target}: some are missing.")
-            found, expected = tuple(made[target].shape), tuple(self._state[target].shape)
-            if found != expected:
-                raise PackDamaged(
-                    f"The checkpoint's {target} has shape {found} where its config asks for {expected}. "
-                    "It is incomplete or does not belong to its config.json."
-                )
+            self._refuse_other_shape(target, made.get(target), tuple(self._state[target].shape))
         return made
+
+    def convert_layer(
+        self, units: Sequence[ConversionUnit], read: TensorReader
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """The experts of one layer, a few at a time: megabytes in memory instead of a layer, a file written in order.
+
+        Yields:
+            The first expert of the piece, and its tensors of shape (experts of the piece, ...) by target.
+        """
+        portions = [self._portions(unit, read) for unit in units]
+        num_experts = self._state[units[0].targets[0]].shape[0]
+        nbytes = sum(self._state[target].nbytes for unit in units for target in unit.targets)
+        size = max(1, _PIECE_NBYTES * num_experts // nbytes)
+        for first in range(0, num_experts, size):
+            chosen = range(first, min(first + size, num_experts))
+            yield first, {name: tensor for portion in portions for name, tensor in portion(chosen).items()}
+
+    def _portions(self, unit: ConversionUnit, read: TensorReader) -> Callable[[range], dict[str, torch.Tensor]]:
+        """Gives the unit's tensors for some experts; converts only those where the family's converter lets it."""
+        target, pattern = unit.targets[0], unit.patterns[0]
+        dtype = self._dtype_of(target)
+        if len(unit.sources) == 1 and pattern is None:
+            fused = read(unit.sources[0])
+            self._refuse_other_shape(target, fused, tuple(self._state[target].shape))
+            return lambda chosen: {target: fused[chosen.start : chosen.stop].to(dtype)}
+        if pattern is None or None in unit.patterns or not _is_expert_by_expert(self._converter_of[pattern]):
+            whole = self.convert(unit, read)
+            return lambda chosen: {name: tensor[chosen.start : chosen.stop] for name, tensor in whole.items()}
+
+        def convert_some(chosen: range) -> dict[str, torch.Tensor]:
+            num_experts, *shape = self._state[target].shape
+            piece = unit.of_experts(chosen, num_experts)
+            made = self._fused(piece, [pattern for pattern in piece.patterns if pattern is not None], read, dtype)
+            self._refuse_other_shape(target, made.get(target), (len(chosen), *shape))
+            return made
+
+        return convert_some
 
     def _fused(
         self, unit: ConversionUnit, patterns: list[str], read: TensorReader, dtype: torch.dtype
@@ -230,6 +274,15 @@ class MetaModel:
                 "some are missing or of another shape."
             ) from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def _refuse_other_shape(self, target: str, made: torch.Tensor | None, expected: tuple[int, ...]) -> None:
+        if made is None:
+            raise PackDamaged(f"The checkpoint's tensors do not make {target}: some are missing.")
+        if tuple(made.shape) != expected:
+            raise PackDamaged(
+                f"The checkpoint's {target} has shape {tuple(made.shape)} where its config asks for {expected}. "
+                "It is incomplete or does not belong to its config.json."
+            )
 
     def _dtype_of(self, target: str) -> torch.dtype:
         """As Transformers loads it: what the family keeps in float32 first, then the built parameter's own."""
@@ -272,6 +325,16 @@ class MetaModel:
                 "It is incomplete or does not belong to its config.json."
             )
 
+    def _refuse_missing_experts(self, units: list[ConversionUnit]) -> None:
+        for unit in units:
+            for pattern, found in Counter(unit.patterns).items():
+                expected = self._state[unit.targets[0]].shape[0]
+                if pattern and _is_expert_by_expert(self._converter_of[pattern]) and found != expected:
+                    raise PackDamaged(
+                        f"The checkpoint holds {found} experts' tensors for {unit.targets[0]} where its config asks "
+                        f"for {expected}. It is incomplete or does not belong to its config.json."
+                    )
+
     def _refuse_unexpected_experts(self, unexpected: list[str]) -> None:
         ignorable = [re.compile(p) for p in self._model._keys_to_ignore_on_load_unexpected or ()]
         experts = [k for k in unexpected if ".experts." in k and not any(p.search(k) for p in ignorable)]
@@ -282,21 +345,16 @@ class MetaModel:
             )
 
 
-def packed_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> Dtype:
-    """What the config says the model is in, else what most of the checkpoint's bytes are in."""
-    named = config.dtype or config.get_text_config().dtype
-    if named is not None:
-        text = str(named).removeprefix("torch.")
-        if text not in {dtype.value for dtype in Dtype}:
-            raise ModelUnsupported(f"The config's dtype is {text}; promoe packs {', '.join(d.value for d in Dtype)}.")
-        return Dtype.parse(text)
-    nbytes: Counter[Dtype] = Counter()
-    for tensor in checkpoint.tensors.values():
-        if tensor.dtype in DTYPE_OF_SAFETENSORS:
-            nbytes[DTYPE_OF_SAFETENSORS[tensor.dtype]] += tensor.end - tensor.begin
-    if not nbytes:
-        raise ModelUnsupported("The checkpoint holds no floating-point weights.")
-    return nbytes.most_common(1)[0][0]
+def _is_expert_by_expert(converter: WeightConverter) -> bool:
+    """Whether it stacks one tensor per expert and then touches no expert's neighbour: then experts can be converted
+    in any portions. (In transformers 5.23 all 26 that stack are such.)"""
+    stack, *others = converter.operations
+    return (
+        isinstance(stack, MergeModulelist)
+        and stack.dim == 0
+        and len(converter.target_patterns) == 1
+        and all(isinstance(other, Concatenate) and other.dim > 0 for other in others)
+    )
 
 
 def load_config(folder: Path) -> PretrainedConfig:

@@ -1,12 +1,14 @@
 """Reads the numbers of a model's geometry off its config, whatever the family calls them."""
 
+from collections import Counter
 from typing import Final
 
 from transformers import PretrainedConfig
 
+from expert_store.pack.checkpoint import DTYPE_OF_SAFETENSORS, Checkpoint
 from expert_store.pack.meta_model import MetaModel
 from promoe.errors import ModelUnsupported
-from promoe.model_spec import ExpertLayout, ModelSpec
+from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
 
 _EXPERTS_PER_TOKEN: Final = (
     "num_experts_per_tok",
@@ -35,6 +37,23 @@ def model_spec(name: str, family: str, fingerprint: str, model: MetaModel, layou
         max_context_tokens=_number(text, _MAX_CONTEXT_TOKENS),
         layout=layout,
     )
+
+
+def packed_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> Dtype:
+    """What the config says the model is in, else what most of the checkpoint's bytes are in."""
+    named = config.dtype or config.get_text_config().dtype
+    if named is not None:
+        text = str(named).removeprefix("torch.")
+        if text not in {dtype.value for dtype in Dtype}:
+            raise ModelUnsupported(f"The config's dtype is {text}; promoe packs {', '.join(d.value for d in Dtype)}.")
+        return Dtype.parse(text)
+    nbytes: Counter[Dtype] = Counter()
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in DTYPE_OF_SAFETENSORS:
+            nbytes[DTYPE_OF_SAFETENSORS[tensor.dtype]] += tensor.end - tensor.begin
+    if not nbytes:
+        raise ModelUnsupported("The checkpoint holds no floating-point weights.")
+    return nbytes.most_common(1)[0][0]
 
 
 def _number(config: PretrainedConfig, keys: tuple[str, ...]) -> int:
