@@ -1,116 +1,19 @@
-"""The Inference service through a real server and socket, over a tiny model."""
+"""The Inference service through a real server and socket: what it answers."""
 
 import asyncio
-import math
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
-from typing import TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from compute_node.admission import AdmissionLimits
-from compute_node.engine import Engine, EngineKind
-from compute_node.prompt import PromptLimits
 from promoe import telemetry
-from promoe.errors import RETRY_AFTER_METADATA_KEY
 from promoe.v1 import inference_pb2
-from tests.compute_node.tiny_serving import (
-    FixedReport,
-    Serving,
-    greedy_oracle,
-    load_tokenizer,
-    serving,
-    started_engine,
-)
-from tests.families import END_OF_TURN_ID, VOCABULARY, make_tiny_model
-
-CONTEXT = 256
-PROMPT = "then the sand"
-
-_T = TypeVar("_T")
-Scenario: TypeAlias = Callable[[Serving], Awaitable[_T]]
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return make_tiny_model("qwen2_moe")
-
-
-@pytest.fixture(scope="module")
-def oracle() -> PreTrainedModel:
-    """The same weights, out of reach of the engines."""
-    return make_tiny_model("qwen2_moe")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    return load_tokenizer(Path(tmp_path_factory.mktemp("tokenizer")))
-
-
-@pytest.fixture(scope="module", params=list(EngineKind), ids=lambda kind: kind.value)
-def engine(request: pytest.FixtureRequest, model: PreTrainedModel, oracle: PreTrainedModel) -> Iterator[Engine]:
-    with started_engine(request.param, model) as started:
-        yield started
-
-
-class Node:
-    """Runs scenarios against a fresh server over the shared engine."""
-
-    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
-
-    def run(self, scenario: Scenario[_T], limits: AdmissionLimits | None = None) -> _T:
-        async def whole() -> _T:
-            prompt_limits = PromptLimits(len(VOCABULARY), CONTEXT, 4096)
-            async with serving(self.engine, self.tokenizer, limits, prompt_limits) as server:
-                return await scenario(server)
-
-        return asyncio.run(asyncio.wait_for(whole(), 120))
-
-    def ids(self, text: str) -> list[int]:
-        token_ids: list[int] = self.tokenizer(text)["input_ids"]
-        return token_ids
-
-
-@pytest.fixture(scope="module")
-def node(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> Node:
-    return Node(engine, tokenizer)
-
-
-def text_request(text: str = PROMPT, /, **params: object) -> inference_pb2.GenerateRequest:
-    """Goes on past the end of sequence unless told otherwise: tiny models end where they like."""
-    sampling = inference_pb2.SamplingParams(**({"ignore_eos": True} | params))  # type: ignore[arg-type]
-    return inference_pb2.GenerateRequest(text=text, sampling=sampling)
-
-
-async def generate(server: Serving, request: inference_pb2.GenerateRequest) -> list[inference_pb2.GenerateResponse]:
-    return [response async for response in server.stub.Generate(request, timeout=60)]
-
-
-async def refusal(server: Serving, request: inference_pb2.GenerateRequest) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await generate(server, request)
-    return refused.value
-
-
-def text_of(responses: list[inference_pb2.GenerateResponse]) -> str:
-    return "".join(response.delta.text for response in responses)
-
-
-def ids_of(responses: list[inference_pb2.GenerateResponse]) -> list[int]:
-    return [token_id for response in responses for token_id in response.delta.token_ids]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Lets the loop turn until `condition` holds; the scenario's own deadline ends a wait that is in vain."""
-    while not condition():
-        await asyncio.sleep(0.001)
+from tests.compute_node.tiny_serving import FixedReport, Serving, greedy_oracle
+from tests.contract.inference_node import CONTEXT, PROMPT, Node, generate, ids_of, refusal, text_of, text_request
+from tests.families import END_OF_TURN_ID, VOCABULARY
 
 
 def test_greedy_text_streams_token_by_token(node: Node, oracle: PreTrainedModel) -> None:
@@ -241,159 +144,6 @@ def test_no_logprobs_unless_asked_for(node: Node) -> None:
     assert not any(response.delta.logprobs for response in responses)
 
 
-UNKNOWN_FIELD = b"\xa2\x06\x01x"  # field 100, a string
-
-
-def with_unknown_field(message: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:
-    return inference_pb2.GenerateRequest.FromString(message.SerializeToString() + UNKNOWN_FIELD)
-
-
-BAD_REQUESTS = {
-    "no prompt": (inference_pb2.GenerateRequest(), "prompt is not set; allowed: text, chat, token_ids"),
-    "empty text": (text_request(""), "prompt is empty"),
-    "empty chat": (inference_pb2.GenerateRequest(chat=inference_pb2.Chat()), "prompt is empty"),
-    "empty tokens": (inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds()), "prompt is empty"),
-    "unknown token": (
-        inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1, 4_000_000_000])),
-        "token_ids has 4000000000; allowed: 0 to",
-    ),
-    "long prompt": (text_request("x" * CONTEXT), f"prompt has {CONTEXT} tokens; allowed: fewer than the context's"),
-    "10 MB prompt": (text_request("x" * 10_000_000), "prompt has 10000000 bytes or more; allowed: at most 4096"),
-    "unknown field": (with_unknown_field(text_request()), "request has unknown field numbers [100]; allowed: text = 1"),
-    "unknown sampling field": (
-        inference_pb2.GenerateRequest(
-            text="x", sampling=inference_pb2.SamplingParams.FromString(b"\x99\x03\x00\x00\x00\x00\x00\x00\xf0?")
-        ),
-        "sampling has unknown field numbers [51]; allowed: max_tokens = 1",
-    ),
-    "NaN temperature": (text_request(temperature=math.nan), "temperature is nan; allowed: 0 to 5"),
-    "infinite temperature": (text_request(temperature=math.inf), "temperature is inf; allowed: 0 to 5"),
-    "negative temperature": (text_request(temperature=-1.0), "temperature is -1.0; allowed: 0 to 5"),
-    "top_p 0": (text_request(top_p=0.0), "top_p is 0.0; allowed: above 0, up to 1"),
-    "top_p above 1": (text_request(top_p=1.5), "top_p is 1.5; allowed: above 0, up to 1"),
-    "top_k 0": (text_request(top_k=0), "top_k is 0; allowed: 1 or more"),
-    "no penalty": (text_request(repetition_penalty=0.0), "repetition_penalty is 0.0; allowed: above 0, up to 5"),
-    "max_tokens 0": (text_request(max_tokens=0), "max_tokens is 0; allowed: 1 or more"),
-    "many logprobs": (text_request(top_logprobs=21), "top_logprobs is 21; allowed: 0 to 20"),
-    "many stop strings": (text_request(stop_strings=["x"] * 17), "stop_strings has 17 strings; allowed: at most 16"),
-    "empty stop string": (text_request(stop_strings=["a", ""]), "stop_strings has a string of 0 characters"),
-    "long stop string": (text_request(stop_strings=["x" * 1025]), "stop_strings has a string of 1025 characters"),
-    "unknown stop token": (text_request(stop_token_ids=[99999]), "stop_token_ids has 99999; allowed: 0 to"),
-}
-
-
-def test_bad_requests_are_refused_with_field_value_and_range(node: Node) -> None:
-    async def scenario(server: Serving) -> dict[str, grpc.aio.AioRpcError]:
-        errors = {name: await refusal(server, request) for name, (request, _) in BAD_REQUESTS.items()}
-        assert len(ids_of(await generate(server, text_request(max_tokens=2)))) == 2
-        return errors
-
-    for name, error in node.run(scenario).items():
-        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, name
-        assert BAD_REQUESTS[name][1] in str(error.details()), name
-
-
-@pytest.mark.parametrize(
-    ("template", "sentence"),
-    [
-        (None, "no chat template"),
-        ("{{ raise_exception('Only user and assistant roles.') }}", "Only user and assistant"),
-    ],
-)
-def test_chats_that_the_model_cannot_have_are_refused(
-    engine: Engine, tmp_path: Path, template: str | None, sentence: str
-) -> None:
-    tokenizer = load_tokenizer(tmp_path)
-    tokenizer.chat_template = template
-    chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="robot", content="hi")])
-    error = Node(engine, tokenizer).run(lambda server: refusal(server, inference_pb2.GenerateRequest(chat=chat)))
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert sentence in str(error.details())
-
-
-def test_a_client_that_goes_away_frees_its_place(node: Node) -> None:
-    async def scenario(server: Serving) -> None:
-        call = server.stub.Generate(text_request(max_tokens=250), timeout=60)
-        stream = aiter(call)
-        while (await anext(stream)).WhichOneof("event") != "delta":
-            pass
-        assert server.admission.num_running == 1
-        call.cancel()
-        await until(lambda: server.admission.num_running == 0)
-        cancelled = ("promoe_requests_total", {"outcome": "cancelled"})
-        await until(lambda: server.registry.get_sample_value(*cancelled) == 1)
-        # Its place is the only one, and free.
-        assert len(ids_of(await generate(server, text_request(max_tokens=2)))) == 2
-
-    node.run(scenario, AdmissionLimits(1, 0, 60.0))
-
-
-def test_who_cannot_even_wait_is_told_when_to_come_again(node: Node) -> None:
-    async def scenario(server: Serving) -> grpc.aio.AioRpcError:
-        calls = [server.stub.Generate(text_request(max_tokens=250), timeout=60) for _ in range(2)]
-        streams = [aiter(call) for call in calls]
-        await anext(streams[0])
-        await until(lambda: (server.admission.num_running, server.admission.num_queued) == (1, 1))
-        error = await refusal(server, text_request(max_tokens=1))
-        for call in calls:
-            call.cancel()
-        return error
-
-    error = node.run(scenario, AdmissionLimits(1, 1, 60.0))
-    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert int(error.trailing_metadata()[RETRY_AFTER_METADATA_KEY]) >= 100
-
-
-def test_a_request_is_ended_by_the_nodes_deadline(node: Node) -> None:
-    error = node.run(lambda server: refusal(server, text_request(max_tokens=250)), AdmissionLimits(1, 1, 0.05))
-    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert "not finished within 0.05 s" in str(error.details())
-
-
-def test_a_callers_deadline_frees_its_place(node: Node) -> None:
-    async def scenario(server: Serving) -> grpc.aio.AioRpcError:
-        with pytest.raises(grpc.aio.AioRpcError) as ended:
-            async for _ in server.stub.Generate(text_request(max_tokens=250), timeout=0.1):
-                pass
-        await until(lambda: server.admission.num_running == 0)
-        return ended.value
-
-    assert node.run(scenario).code() is grpc.StatusCode.DEADLINE_EXCEEDED
-
-
-def test_draining_finishes_what_was_accepted_and_refuses_the_rest(node: Node) -> None:
-    async def scenario(server: Serving) -> tuple[list[int], grpc.aio.AioRpcError]:
-        stream = aiter(server.stub.Generate(text_request(max_tokens=60), timeout=60))
-        accepted = await anext(stream)
-        assert accepted.WhichOneof("event") == "accepted"
-        draining = asyncio.create_task(server.admission.drain(60.0))
-        await asyncio.sleep(0)
-        error = await refusal(server, text_request(max_tokens=1))
-        rest = [response async for response in stream]
-        await draining
-        return ids_of(rest), error
-
-    ids, error = node.run(scenario)
-    assert len(ids) == 60
-    assert error.code() is grpc.StatusCode.UNAVAILABLE
-
-
-def test_what_is_open_at_the_drain_deadline_is_told(node: Node) -> None:
-    async def scenario(server: Serving) -> grpc.aio.AioRpcError:
-        stream = aiter(server.stub.Generate(text_request(max_tokens=250), timeout=60))
-        await anext(stream)
-        await server.admission.drain(0.0)
-        with pytest.raises(grpc.aio.AioRpcError) as ended:
-            async for _ in stream:
-                pass
-        await until(lambda: server.admission.num_running == 0)
-        return ended.value
-
-    error = node.run(scenario)
-    assert error.code() is grpc.StatusCode.UNAVAILABLE
-    assert "shutting down" in str(error.details())
-
-
 def test_text_goes_to_tokens_and_back(node: Node) -> None:
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
 
@@ -408,22 +158,6 @@ def test_text_goes_to_tokens_and_back(node: Node) -> None:
     assert tokens == node.ids(PROMPT)
     assert rendered == node.ids("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert text == PROMPT
-
-
-def test_tokens_that_do_not_exist_are_refused(node: Node) -> None:
-    async def scenario(server: Serving) -> list[grpc.aio.AioRpcError]:
-        errors = []
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await server.stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=[12345]))
-        errors.append(refused.value)
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await server.stub.Tokenize(inference_pb2.TokenizeRequest())
-        errors.append(refused.value)
-        return errors
-
-    errors = node.run(scenario)
-    assert [error.code() for error in errors] == [grpc.StatusCode.INVALID_ARGUMENT] * 2
-    assert [str(error.details()).split(";")[0] for error in errors] == ["token_ids has 12345", "input is not set"]
 
 
 def test_the_node_says_what_it_is(node: Node) -> None:
