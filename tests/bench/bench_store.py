@@ -7,10 +7,8 @@ Wanted: fill at least 0.8 of the plain read; re-attach below 1 s at any size; th
 """
 
 import argparse
-import json
 import mmap
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +25,7 @@ from compute_node.device.cpu import NoPinning
 from compute_node.store_client import StoreClient, StoreState
 from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
 from promoe.pack_manifest import PackManifest, layer_file
-from tests.bench.provenance import provenance
+from tests.bench.report import Sample, median_ratio, out_argument, write_report
 from tests.node_doubles import RecordingListener, ignore_progress
 from tests.running_store import RunningStore, wait_until
 
@@ -47,26 +45,27 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the JSON; writes it where `--out` says."""
+    """Writes the JSON and prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=2.0, help="size of the largest arena")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions; medians are reported")
     parser.add_argument("--threads", type=int, default=8, help="readers, of the store and of the plain read")
     parser.add_argument("--folder", type=Path, default=None, help="where the packs lie (the disk that is measured)")
-    parser.add_argument("--out", type=Path, default=None, help="also writes the JSON there")
+    out_argument(parser)
     chosen = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
         options = Options(chosen.gib, chosen.rounds, chosen.threads, Path(folder))
-        report = {
-            "command": f"python -m tests.bench.bench_store --gib {options.gib:g} --rounds {options.rounds} "
-            f"--threads {options.threads}",
-            "machine": provenance(options.folder),
-            **measure(options),
-        }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if chosen.out is not None:
-        chosen.out.write_text(text + "\n")
+        path = write_report("store", {"file_system": mount_of(options.folder), **measure(options)}, chosen.out)
+    print(path.read_text(), end="")
+
+
+def mount_of(path: Path) -> str:
+    """Device and type of the mount that holds the path."""
+    mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    holding = [
+        (target, f"{device} ({kind})") for device, target, kind in mounts if path.resolve().is_relative_to(target)
+    ]
+    return max(holding, key=lambda found: len(found[0]))[1]
 
 
 def measure(options: Options) -> dict[str, object]:
@@ -135,16 +134,16 @@ def measure_fill(pack: Pack, options: Options) -> dict[str, object]:
                 store.wait_until_full(timeout_s=600)
                 fill_s.append(store.stats().fill_s)
                 own_nbytes.append(resident_nbytes(store.process.pid) - pack.nbytes)
-    fill, plain = statistics.median(fill_s), statistics.median(plain_s)
+    fill, plain = Sample(tuple(fill_s)), Sample(tuple(plain_s))
     return {
         "nbytes": pack.nbytes,
         "threads": options.threads,
-        "fill_s": fill_s,
-        "plain_read_s": plain_s,
-        "fill_bytes_per_s": pack.nbytes / fill,
-        "plain_read_bytes_per_s": pack.nbytes / plain,
-        "fill_to_plain": plain / fill,
-        "store_rss_beside_arena_nbytes": statistics.median(own_nbytes),
+        "fill_s": fill.as_dict(),
+        "plain_read_s": plain.as_dict(),
+        "fill_bytes_per_s": pack.nbytes / fill.median,
+        "plain_read_bytes_per_s": pack.nbytes / plain.median,
+        "fill_rate_to_plain_rate": median_ratio(plain_s, fill_s),
+        "store_rss_beside_arena_nbytes": Sample(tuple(own_nbytes)).as_dict(),
     }
 
 
@@ -208,10 +207,8 @@ def measure_restarts(pack: Pack, options: Options) -> dict[str, object]:
         store.kill()
     return {
         "nbytes": pack.nbytes,
-        "attached_after_process_start_s": from_start_s,
-        "attached_after_serving_s": from_serving_s,
-        "median_after_process_start_s": statistics.median(from_start_s),
-        "median_after_serving_s": statistics.median(from_serving_s),
+        "attached_after_process_start_s": Sample(tuple(from_start_s)).as_dict(),
+        "attached_after_serving_s": Sample(tuple(from_serving_s)).as_dict(),
     }
 
 
