@@ -13,56 +13,16 @@ from compute_node.admission import Admission, AdmissionLimits, AdmittedRequest
 from compute_node.engine import (
     EndReason,
     EngineEvent,
-    EngineKind,
-    EngineRequest,
-    EventSink,
     RequestEnded,
-    RequestFailed,
     TokenDrawn,
 )
 from compute_node.request_metrics import RequestMetrics
 from compute_node.sampling import SampledToken
-from compute_node.step_ledger import RequestUse
-from promoe.errors import DeadlineExceeded, Overloaded, PromoeError, Unavailable
+from promoe.errors import DeadlineExceeded, Overloaded, Unavailable
+from tests.compute_node.hand_engine import HandEngine
 from tests.compute_node.tiny_serving import engine_request
 
 _T = TypeVar("_T")
-
-
-class HandEngine:
-    """An engine whose steps are the test's own calls."""
-
-    kind = EngineKind.INTERLEAVED
-    max_request_tokens = 100
-
-    def __init__(self) -> None:
-        self.running: dict[str, EventSink] = {}
-        self.refusal: PromoeError | None = None
-        self.max_running = 0
-
-    def start(self) -> None:
-        """Nothing to start."""
-
-    def stop(self) -> None:
-        """Nothing to stop."""
-
-    def submit(self, request: EngineRequest, sink: EventSink) -> None:
-        if self.refusal is not None:
-            raise self.refusal
-        self.running[request.request_id] = sink
-        self.max_running = max(self.max_running, len(self.running))
-
-    def cancel(self, request_id: str) -> None:
-        if request_id in self.running:
-            self.end(request_id, EndReason.CANCELLED)
-
-    def end(self, request_id: str, reason: EndReason = EndReason.MAX_TOKENS) -> None:
-        """The request's last event."""
-        self.running.pop(request_id)(RequestEnded(reason, None, 0, RequestUse(), 0.0))
-
-    def fail(self, request_id: str, error: PromoeError) -> None:
-        """The request's last event, if it fails."""
-        self.running.pop(request_id)(RequestFailed(error))
 
 
 def new_admission(
