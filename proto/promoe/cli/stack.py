@@ -79,7 +79,8 @@ class Stack:
         self._is_stopping = True
         for service in (self._node, self._store):
             if not service.is_gone:
-                self._show("ready", PhaseState.RUNNING, f"stopping the {service.command.name} (Ctrl-C again: at once)")
+                hurry = "; Ctrl-C again does not wait" if self._stop.asked else ""
+                self._show("ready", PhaseState.RUNNING, f"stopping the {service.command.name}{hurry}")
                 self._stop_service(service)
             service.kill()
         if self._phases["ready"].state is PhaseState.RUNNING:
@@ -102,7 +103,9 @@ class Stack:
             self._view.pause()
             if not make_pack(pack, self._stop):
                 return False
-        self._show("pack", PhaseState.DONE, f"{pack.model} in {pack.pack_dir}")
+        self._show(
+            "pack", PhaseState.DONE, f"{pack.model} is packed in {pack.pack_dir}" if pack.steps else str(pack.pack_dir)
+        )
         return True
 
     def _bring_services(self) -> bool:

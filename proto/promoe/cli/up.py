@@ -34,6 +34,7 @@ class UpOptions:
     memory: Annotated[
         int | None, typer.Option(parser=size, metavar="SIZE", help="Device memory to use, for example 8GiB.")
     ] = None
+    max_context: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None
     device: Annotated[str | None, typer.Option(help="auto, cuda or cpu.")] = None
     dtype: Annotated[str | None, typer.Option(help="Number format to pack in: bfloat16, float16 or float32.")] = None
     listen: Annotated[str | None, typer.Option(help="Address to serve on: host:port or unix:PATH.")] = None
@@ -54,6 +55,7 @@ class UpOptions:
             "compute.cache_rate": self.cache_rate,
             "compute.expert_slots": self.expert_slots,
             "compute.memory_bytes": self.memory,
+            "compute.max_context_tokens": self.max_context,
             "compute.device": self.device,
             "compute.listen": self.listen,
             "compute.link_bytes_per_s": self.link_bytes_per_s,

@@ -1,0 +1,259 @@
+"""`promoe up` as a person uses it: a checkpoint in, real services in real processes, text out, and all bad luck."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from promoe import Client
+from promoe.ids import ExpertId
+from promoe.pack_manifest import PackManifest
+from tests.families import save_tiny_checkpoint
+from tests.packs import flip_bit
+
+DEADLINE_S = 120.0
+PROMOE = (sys.executable, "-c", "from promoe.cli.app import main; main()")
+FEW_RESOURCES = ("--set", "compute.num_threads=1", "--max-context", "256", "--device", "cpu")
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where one test's promoe keeps everything."""
+
+    path: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.path / "run"
+
+    def environment(self) -> dict[str, str]:
+        own = {"PROMOE_HOME": str(self.path / "cache"), "PROMOE_RUN_DIR": str(self.run_dir), "OMP_NUM_THREADS": "1"}
+        return {**os.environ, **own, "COLUMNS": "200"}
+
+    def run(self, *arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+        """Runs a command to its end."""
+        return subprocess.run(
+            [*PROMOE, *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env=self.environment(),
+            timeout=DEADLINE_S,
+            check=False,
+        )
+
+    def status(self) -> dict[str, dict[str, object]]:
+        """`promoe status --json`."""
+        document = json.loads(self.run("status", "--json").stdout)
+        assert isinstance(document, dict)
+        return document
+
+
+class Up:
+    """A running `promoe up`."""
+
+    def __init__(self, home: Home, arguments: Sequence[str]) -> None:
+        self.home = home
+        fd, name = tempfile.mkstemp(suffix=".log", dir=home.path)
+        self._log = Path(name)
+        with open(fd, "wb") as log:  # noqa: PTH123 - a descriptor
+            self.process = subprocess.Popen(
+                [*PROMOE, "up", *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=home.environment()
+            )
+
+    def lines(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, words: str, times: int = 1) -> None:
+        end_s = time.perf_counter() + DEADLINE_S
+        while self.lines().count(words) < times:
+            assert self.process.poll() is None, self.lines()
+            assert time.perf_counter() < end_s, self.lines()
+            time.sleep(0.05)
+
+    def service(self, module: str) -> psutil.Process:
+        """The running service's process."""
+        (process,) = [child for child in psutil.Process(self.process.pid).children() if module in child.cmdline()]
+        return process
+
+    def services(self) -> list[psutil.Process]:
+        return [self.service("expert_store"), self.service("compute_node")]
+
+
+@contextmanager
+def running_up(home: Home, *arguments: str) -> Iterator[Up]:
+    up = Up(home, arguments)
+    try:
+        yield up
+    finally:
+        if up.process.poll() is None:
+            up.process.kill()
+        up.process.wait()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint("qwen2_moe", tmp_path_factory.mktemp("checkpoint") / "tiny", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def shared(checkpoint: Path) -> Iterator[Up]:
+    """One stack for the tests that leave it serving; it packs on first use and ends on SIGTERM."""
+    with tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder:
+        home = Home(Path(folder))
+        with running_up(home, str(checkpoint), "--listen", "127.0.0.1:0", "--cache-rate", "0.5", *FEW_RESOURCES) as up:
+            up.wait_for("ready: tiny on 127.0.0.1")
+            yield up
+            services = up.services()
+            up.process.terminate()
+            assert up.process.wait(DEADLINE_S) == 0
+            wait_until_gone(services)
+            assert up.lines().rstrip().endswith("ready: stopped")
+        assert home.status()["stack"] is None
+
+
+@pytest.fixture
+def home(shared: Up) -> Iterator[Home]:
+    """A run folder of its own beside the shared stack's packs."""
+    with tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder:
+        (Path(folder) / "cache").symlink_to(shared.home.path / "cache")
+        yield Home(Path(folder))
+
+
+def wait_until_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=DEADLINE_S)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def pack_of(home: Home) -> Path:
+    (manifest,) = (home.path / "cache" / "packs").glob("tiny-native-*/manifest.json")
+    return manifest.parent
+
+
+@pytest.mark.slow
+def test_packs_on_first_use_and_serves_every_command(shared: Up, checkpoint: Path) -> None:
+    home = shared.home
+    lines = r"(.*\n)*"
+    assert re.search(
+        rf"pack: .*on first use.*\n{lines}pack: .* is packed in .*\n{lines}fill: {lines}load: ", shared.lines()
+    )
+    assert "4 of 8 experts per layer on the device (cache rate 0.5" in shared.lines()
+    services = shared.services()
+    assert {os.getpgid(service.pid) for service in services} == {service.pid for service in services}
+
+    answer = home.run("generate", "Hello there", "-n", "8")
+    assert answer.returncode == 0, answer.stderr
+    assert re.search(r"8 tokens .*TTFT .*TPOT .*hit rate prefill [\d.]+ %, decode [\d.]+ % .*moved", answer.stderr)
+    document = json.loads(home.run("generate", "Hello there", "-n", "8", "--json").stdout)
+    assert document["text"] == answer.stdout.removesuffix("\n")
+
+    talk = home.run("chat", "-n", "4", stdin="One?\nTwo?\n")
+    assert talk.returncode == 0, talk.stderr
+    assert talk.stderr.count("4 tokens") == 2
+
+    status = home.status()
+    assert (status["stack"]["phase"], status["store"]["fill_state"]) == ("ready", "full")
+    leases = status["store_stats"]["leases"]
+    assert isinstance(leases, list)
+    assert [lease["pid"] for lease in leases] == [services[1].pid]
+    assert "hit rate" in home.run("status").stdout
+
+    second = home.run("up", str(checkpoint), "--listen", "127.0.0.1:0")
+    assert second.returncode == 1
+    assert f"already running in {home.run_dir} (process {shared.process.pid})" in second.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_store_is_adopted_and_a_killed_node_is_restarted(shared: Up) -> None:
+    before = json.loads(shared.home.run("generate", "Hello", "-n", "6", "--json").stdout)
+    num_ready = shared.lines().count("ready: tiny on")
+
+    shared.service("expert_store").kill()
+    shared.wait_for("ready: restarting the expert store")
+    during = json.loads(shared.home.run("generate", "Hello", "-n", "6", "--json").stdout)
+    assert during["token_ids"] == before["token_ids"]
+    shared.wait_for("ready: tiny on", times=num_ready + 1)
+    assert shared.home.status()["store_stats"]["adopted"] is True
+
+    node = shared.service("compute_node")
+    node.kill()
+    shared.wait_for("The compute node was killed by SIGKILL")
+    shared.wait_for("ready: tiny on", times=num_ready + 2)
+    after = json.loads(shared.home.run("generate", "Hello", "-n", "6", "--json").stdout)
+    assert after["token_ids"] == before["token_ids"]
+    assert shared.service("compute_node").pid != node.pid
+
+
+@pytest.mark.slow
+def test_nothing_outlives_a_killed_supervisor_and_the_next_one_drains_on_ctrl_c(home: Home, checkpoint: Path) -> None:
+    endpoint = f"unix:{home.run_dir}/node.sock"
+    with running_up(home, str(checkpoint), "--listen", endpoint, *FEW_RESOURCES) as killed:
+        killed.wait_for("load: ")
+        services = killed.services()
+        killed.process.kill()
+        wait_until_gone(services)
+    assert home.status()["stack"] is None
+
+    with running_up(home, str(checkpoint), "--listen", endpoint, *FEW_RESOURCES) as up:
+        up.wait_for("ready: tiny on")
+        assert "on first use" not in up.lines()
+        with Client(endpoint) as client, client.generate("Count", max_tokens=40, ignore_eos=True) as stream:
+            next(stream.deltas())
+            up.process.send_signal(signal.SIGINT)
+            answer = stream.finish()
+        assert len(answer.token_ids) == 40
+        assert up.process.wait(DEADLINE_S) == 0
+
+
+@pytest.mark.slow
+def test_a_budget_that_is_too_small_fails_with_the_node_s_sentence(home: Home, checkpoint: Path) -> None:
+    ended = home.run("up", str(checkpoint), "--memory", "1MB", "--listen", "127.0.0.1:0", *FEW_RESOURCES)
+    assert ended.returncode == 1
+    assert re.search(r"error: The compute node ended with exit code 1 .*Its last words:\n(.*\n)*.*short", ended.stderr)
+    assert "--memory" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_damaged_pack_fails_with_the_store_s_sentence(home: Home, tmp_path: Path) -> None:
+    pack = tmp_path / "pack"
+    subprocess.run(["cp", "-r", str(pack_of(home)), str(pack)], check=True)
+    flip_bit(pack, ExpertId(1, 3), PackManifest.read(pack))
+    ended = home.run("up", str(pack), "--listen", "127.0.0.1:0", *FEW_RESOURCES)
+    assert ended.returncode == 1
+    assert "L1E3" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_checkpoint_that_cannot_be_packed_fails_with_the_packer_s_sentence(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    ended = home.run("up", str(tmp_path / "empty"), "--listen", "127.0.0.1:0")
+    assert ended.returncode == 1
+    assert "failed with exit code 1; what it said is above" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_answers_two_questions_with_figures(demo_checkpoint: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder:
+        home = Home(Path(folder))
+        models = home.path / "cache" / "models"
+        models.mkdir(parents=True)
+        version = home.run("--version").stdout.strip()
+        (models / f"demo-{version}").symlink_to(demo_checkpoint)
+        ended = home.run("demo", "-n", "24")
+    assert ended.returncode == 0, ended.stderr
+    assert "Paris" in ended.stdout
+    assert re.search(r"cache rate 0\.5, lru\)\nhit rate decode [\d.]+ %, .*TTFT .*TPOT .*moved", ended.stdout)
+    assert "ready: stopped" in ended.stderr
