@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from compute_node.attached_arena import AttachedArena
 from compute_node.blob_addresses import BlobListener, BlobPlace
 from compute_node.device.seam import HostPinning
 from compute_node.fd_client import request_arena
-from promoe.errors import DeadlineExceeded, ModelMismatch, PromoeError, Unavailable
+from promoe.errors import DeadlineExceeded, InternalError, ModelMismatch, PromoeError, Unavailable
 from promoe.fd_channel import FdOp
 from promoe.ids import ExpertId
 from promoe.rpc import CHANNEL_OPTIONS, INFO_DEADLINE_S, domain_error
@@ -123,15 +123,11 @@ class StoreClient:
         assert self._state is StoreState.CONNECTING, "a client attaches once; it comes back by itself"
         deadline = time.perf_counter() + deadline_s
         self._thread.start()
-        try:
-            while True:
-                report = self._next_report(deadline, deadline_s)
-                if report is None:
-                    return
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            while (report := self._next_report(deadline, deadline_s)) is not None:
                 on_progress(report)
-        except PromoeError:
-            self.close()
-            raise
+            undo.pop_all()
 
     def source_address(self, expert: ExpertId) -> int:
         """Host address of the expert's blob. One list access, no lock.
@@ -171,6 +167,15 @@ class StoreClient:
     # ---- the client's thread ----
 
     def _run(self) -> None:
+        try:
+            self._keep_attached()
+        finally:
+            if not self._closing.is_set():
+                # Only a bug ends here; without its lease the node must not look attached.
+                self._state = StoreState.FROZEN
+                self._reports.put(InternalError("The store client's thread died; the log has the details."))
+
+    def _keep_attached(self) -> None:
         while not self._closing.is_set():
             try:
                 self._hold_session()

@@ -36,9 +36,10 @@ async def serve(config: StoreConfig) -> None:
         progress = FillProgress(manifest.spec.experts_nbytes)
         store = ExpertStore(config, manifest, run_dir, progress.update)
         try:
-            with metrics_page(store, config.metrics_listen), progress.shown():
+            with metrics_page(store, config.metrics_listen):
                 await _serve_store(store, config, stop)
         finally:
+            progress.close()
             store.close()
     finally:
         run_dir.close()

@@ -75,12 +75,14 @@ class Lease:
     Attributes:
         node_instance_id: the node process.
         pid: as the node says, for people.
+        kernel_pid: as the kernel says; 0 when the node is in another pid namespace.
         send: takes the node's events; None for a node that held the adopted arena and has not come back yet.
         unacknowledged: places of retired blobs that the node may still read.
     """
 
     node_instance_id: str
     pid: int
+    kernel_pid: int
     send: Callable[[StoreEvent], None] | None
     unacknowledged: set[int] = field(default_factory=set)
     since: float = field(default_factory=time.perf_counter)
@@ -199,7 +201,7 @@ class BlobTable:
 
     def expect(self, node_instance_id: str, pid: int) -> None:
         """Keeps a place for a node that held this arena when the former store died, until it attaches or is dropped."""
-        lease = Lease(node_instance_id, pid, send=None, unacknowledged=set(self._retirements))
+        lease = Lease(node_instance_id, pid, pid, send=None, unacknowledged=set(self._retirements))
         self._leases.setdefault(node_instance_id, lease)
 
     def acknowledge(self, lease: Lease, expert: ExpertId, generation: int) -> None:

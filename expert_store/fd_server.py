@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Final
 
 from expert_store.store import ExpertStore, Phase
-from promoe.errors import InvalidInput, PromoeError, Unavailable
+from promoe.errors import InvalidInput, PromoeError, ResourceExhausted, Unavailable
 from promoe.fd_channel import FD_CHANNEL_DEADLINE_S, FdOp, FdPacket, receive_packet, send_packet
 
 logger = logging.getLogger(__name__)
 
 _PEER_CREDENTIALS: Final = struct.Struct("3i")
 _MAX_CONNECTIONS: Final = 64
+_ACCEPT_RETRY_S: Final = 0.5
 
 
 class FdServer:
@@ -27,6 +28,9 @@ class FdServer:
     Args:
         path: of the unix socket; a dead store's socket there is replaced (the run folder's lock is held).
         peer_uids: users that may have the arena.
+
+    Raises:
+        ResourceExhausted: the socket cannot be made.
     """
 
     def __init__(self, path: Path, store: ExpertStore, peer_uids: frozenset[int]) -> None:
@@ -34,19 +38,29 @@ class FdServer:
         self._peer_uids = peer_uids
         self._path = path
         self._connections: set[asyncio.Task[None]] = set()
-        path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self._listener.setblocking(False)
-        self._listener.bind(os.fspath(path))
-        path.chmod(0o660)
-        self._listener.listen(_MAX_CONNECTIONS)
+        try:
+            path.unlink(missing_ok=True)
+            self._listener.bind(os.fspath(path))
+            path.chmod(0o660)
+            self._listener.listen(_MAX_CONNECTIONS)
+        except OSError as error:
+            self._listener.close()
+            raise ResourceExhausted(f"The socket {path} cannot be made ({error.strerror}).") from error
 
     async def run(self) -> None:
         """Answers until cancelled."""
         loop = asyncio.get_running_loop()
         try:
             while True:
-                channel, _ = await loop.sock_accept(self._listener)
+                try:
+                    channel, _ = await loop.sock_accept(self._listener)
+                except OSError as error:
+                    # Out of descriptors: nodes that are attached go on, and new ones come again.
+                    logger.error("The descriptor channel cannot accept (%s).", error.strerror)
+                    await asyncio.sleep(_ACCEPT_RETRY_S)
+                    continue
                 if len(self._connections) >= _MAX_CONNECTIONS:
                     channel.close()
                     continue

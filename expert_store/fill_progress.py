@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 logger = logging.getLogger(__name__)
@@ -22,10 +21,6 @@ class FillProgress:
         self._tenths = 0
         self._bar = _TerminalBar(total_nbytes) if sys.stderr.isatty() else None
 
-    def shown(self) -> AbstractContextManager[object]:
-        """Keeps the bar on the terminal while entered."""
-        return self._bar.progress if self._bar else nullcontext()
-
     def update(self, filled_nbytes: int) -> None:
         """Takes the bytes filled so far."""
         if self._bar is not None:
@@ -35,6 +30,11 @@ class FillProgress:
         if tenths > self._tenths:
             self._tenths = tenths
             logger.info("Filled %d%% of %.1f MB.", tenths * 100 // _LINES, self._total_nbytes / 1e6)
+
+    def close(self) -> None:
+        """Leaves the terminal as it is, wherever the fill stopped."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 class _TerminalBar:
@@ -50,7 +50,7 @@ class _TerminalBar:
             TransferSpeedColumn,
         )
 
-        self.progress = Progress(
+        self._progress = Progress(
             TextColumn("Filling the arena"),
             BarColumn(),
             DownloadColumn(binary_units=True),
@@ -58,9 +58,14 @@ class _TerminalBar:
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._task = self.progress.add_task("fill", total=total_nbytes)
+        self._task = self._progress.add_task("fill", total=total_nbytes)
 
     def update(self, filled_nbytes: int) -> None:
-        self.progress.update(self._task, completed=filled_nbytes)
-        if self.progress.finished:
-            self.progress.stop()
+        # An adopted arena needs no fill, and then shows no bar.
+        self._progress.start()
+        self._progress.update(self._task, completed=filled_nbytes)
+        if self._progress.finished:
+            self._progress.stop()
+
+    def close(self) -> None:
+        self._progress.stop()

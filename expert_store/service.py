@@ -95,7 +95,8 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
         hello = await self._read_hello(request_iterator)
         arena, table = await self._store.wait_for_table()
         events: asyncio.Queue[StoreEvent | PromoeError | None] = asyncio.Queue()
-        lease = Lease(hello.service.instance_id, hello.pid, events.put_nowait)
+        instance_id = hello.service.instance_id
+        lease = Lease(instance_id, hello.pid, self._store.kernel_pid_of(instance_id), events.put_nowait)
         self._store.attach(table, lease, knows_arena=hello.arena_uuid == arena.uuid)
         acknowledgements = asyncio.create_task(_read_acknowledgements(request_iterator, table, lease, events))
         self._streams.add(events)

@@ -128,7 +128,6 @@ class ExpertStore:
         table = self._install(Arena.adopt(fd, self.layout, self._config.arena_kind))
         for node in self._holders:
             table.expect(node.instance_id, node.pid)
-            self._peer_pids.setdefault(node.instance_id, node.pid)
         self._adopted = True
         self.phase = Phase.FILLING
         self._handed_back.set()
@@ -136,6 +135,10 @@ class ExpertStore:
     def note_peer(self, node_instance_id: str, pid: int) -> None:
         """Remembers the process behind a node, as the kernel tells it (0: in another pid namespace)."""
         self._peer_pids[node_instance_id] = pid
+
+    def kernel_pid_of(self, node_instance_id: str) -> int:
+        """The process behind a node that attaches now; 0 if the side-channel did not show one."""
+        return self._peer_pids.pop(node_instance_id, 0)
 
     def attach(self, table: BlobTable, lease: Lease, knows_arena: bool) -> None:
         """Starts a node's lease."""
@@ -146,7 +149,6 @@ class ExpertStore:
     def detach(self, table: BlobTable, lease: Lease) -> None:
         """Ends a node's lease."""
         table.drop(lease)
-        self._peer_pids.pop(lease.node_instance_id, None)
         logger.info("Compute node %s (pid %d) is gone; its lease ended.", lease.node_instance_id, lease.pid)
         self._write_state()
 
@@ -257,8 +259,5 @@ class ExpertStore:
     def _write_state(self) -> None:
         if self._arena is None or self._table is None or self._state_is_frozen:
             return
-        nodes = tuple(
-            AttachedNode.of(lease.node_instance_id, self._peer_pids.get(lease.node_instance_id, 0))
-            for lease in self._table.leases
-        )
+        nodes = tuple(AttachedNode.of(lease.node_instance_id, lease.kernel_pid) for lease in self._table.leases)
         self._run_dir.write_state(StoreState(self._arena.uuid, self.layout.fingerprint, nodes))

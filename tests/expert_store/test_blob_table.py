@@ -23,7 +23,7 @@ class Node:
         self.readable: dict[ExpertId, int] = {}
         self.to_acknowledge: dict[ExpertId, int] = {}
         self.complete = False
-        self.lease = Lease(name, 1, self.receive)
+        self.lease = Lease(name, 1, 1, self.receive)
 
     def receive(self, event: StoreEvent) -> None:
         match event:
@@ -69,7 +69,7 @@ class TableMachine(RuleBasedStateMachine):
         """The stream broke and the node attached again before the store noticed; it still reads what it read."""
         pending = {LAYOUT.index_of(expert) for expert in node.to_acknowledge}
         node.to_acknowledge.clear()
-        node.lease = Lease(node.lease.node_instance_id, 1, node.receive)
+        node.lease = Lease(node.lease.node_instance_id, 1, 1, node.receive)
         self.attached[node.lease.node_instance_id] = node
         self.table.attach(node.lease, knows_arena=True)
         assert {LAYOUT.index_of(expert) for expert in node.to_acknowledge} == set(self.table.indices(BlobState.RETIRED))

@@ -26,7 +26,7 @@ def fill(made: PackAndArena, num_threads: int) -> tuple[Filling, list[int]]:
 def test_fills_what_is_empty_and_publishes_on_the_way(num_threads: int, tmp_path: Path) -> None:
     events: list[StoreEvent] = []
     with pack_and_arena(tmp_path) as made:
-        made.table.attach(Lease("node", 1, events.append), knows_arena=False)
+        made.table.attach(Lease("node", 1, 1, events.append), knows_arena=False)
         made.reader.load([2])
         made.table.publish([2])
         filling, progress = fill(made, num_threads)

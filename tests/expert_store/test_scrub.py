@@ -43,7 +43,7 @@ async def published_again(made: PackAndArena) -> None:
 def test_damage_is_mended_behind_the_nodes_backs_only_after_they_agreed(tmp_path: Path) -> None:
     with pack_and_arena(tmp_path) as made:
         events: list[StoreEvent] = []
-        lease = Lease("node", 1, events.append)
+        lease = Lease("node", 1, 1, events.append)
 
         async def scenario(scrub: Scrub) -> None:
             made.table.attach(lease, knows_arena=False)
@@ -87,7 +87,7 @@ def test_a_silent_node_is_named(
 ) -> None:
     monkeypatch.setattr(scrub_module, "MEND_RETRY_S", 0.01)
     with pack_and_arena(tmp_path) as made:
-        lease = Lease("node", 4711, lambda event: None)
+        lease = Lease("node", 4711, 1, lambda event: None)
 
         async def scenario(scrub: Scrub) -> None:
             made.table.attach(lease, knows_arena=False)
