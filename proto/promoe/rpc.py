@@ -50,6 +50,8 @@ CHANNEL_OPTIONS: Final = (
     # A dead peer is noticed within seconds although nothing is being sent.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # The same again: newer gRPC waits for a ping's answer by this one, a minute by default.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
