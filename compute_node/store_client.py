@@ -143,6 +143,7 @@ class StoreClient:
     def close(self) -> None:
         """Ends the lease, unregisters and unmaps; no blob may be in use any more. Closing twice is allowed."""
         self._closing.set()
+        self._reports.put(Unavailable("The connection to the expert store was closed."))
         call = self._call
         if call is not None:
             call.cancel()
@@ -205,12 +206,21 @@ class StoreClient:
         try:
             with grpc.insecure_channel(self._endpoint, options=_CHANNEL_OPTIONS) as channel:
                 stub = pb_grpc.ExpertStoreStub(channel)
-                info = stub.GetInfo(pb.ExpertStoreGetInfoRequest(), timeout=INFO_DEADLINE_S)
+                info = self._get_info(stub)
                 arena = self._arena_of(info)
                 with self._obtain_fd(arena, info.fd_socket) as fd:
                     self._follow(stub, arena, fd)
         except grpc.RpcError as error:
             raise domain_error(error) from error
+
+    def _get_info(self, stub: pb_grpc.ExpertStoreStub) -> pb.ExpertStoreGetInfoResponse:
+        try:
+            return stub.GetInfo(pb.ExpertStoreGetInfoRequest(), timeout=INFO_DEADLINE_S)
+        except grpc.RpcError as error:
+            failure = domain_error(error)
+            if isinstance(failure, Unavailable | DeadlineExceeded):
+                raise Unavailable(f"No expert store answers at {self._endpoint} ({failure}).") from error
+            raise failure from error
 
     def _arena_of(self, info: pb.ExpertStoreGetInfoResponse) -> AttachedArena:
         """Checks who answers; the first answer decides the model where the node was not told one."""

@@ -258,3 +258,19 @@ def test_a_store_killed_while_a_node_attaches_is_waited_for(tmp_path: Path) -> N
         client.close()
         for store in stores:
             store.kill()
+
+
+@pytest.mark.slow
+def test_a_stopped_store_is_missed_by_keepalive_and_found_again(
+    tmp_path: Path, store: RunningStore, node: Node
+) -> None:
+    """Nothing is sent between the two for minutes at a time; a store that hangs must be noticed all the same."""
+    uuid = node.client.arena_uuid
+    os.kill(store.process.pid, signal.SIGSTOP)
+    wait_until(lambda: node.client.state is StoreState.FROZEN, timeout_s=40)
+    node.check_blobs()
+    os.kill(store.process.pid, signal.SIGCONT)
+    wait_until(lambda: node.client.state is StoreState.ATTACHED, timeout_s=40)
+    assert node.client.arena_uuid == uuid
+    assert [event for event in node.listener.events if event[0] == "retired"] == []
+    wait_until(lambda: len(store.stats().leases) == 1)
