@@ -122,7 +122,7 @@ class Admission:
         self._metrics = metrics
         self._queue: deque[AdmittedRequest] = deque()
         self._running: dict[str, AdmittedRequest] = {}
-        self._refusal: PromoeError | None = None
+        self._refusal: str | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._service_s = _FIRST_SERVICE_GUESS_S
@@ -146,7 +146,7 @@ class Admission:
         """
         if self._refusal is not None:
             self._metrics.count_request(Outcome.REFUSED)
-            raise self._refusal
+            raise Unavailable(self._refusal)
         has_room = self.num_running < self.limits.max_concurrent_requests
         if not has_room and self.num_queued >= self.limits.max_queued_requests:
             self._metrics.count_request(Outcome.REFUSED)
@@ -171,13 +171,13 @@ class Admission:
             admitted.deliver(RequestEnded(EndReason.CANCELLED, None, 0, RequestUse(), perf_counter()))
             self._load_changed()
 
-    def refuse(self, error: PromoeError) -> None:
-        """Lets nobody in any more; those who wait fail with `error` too. For a dead engine and the end of a drain."""
-        self._refusal = error
+    def refuse(self, reason: str) -> None:
+        """Lets nobody in any more; those who wait fail, too. For a dead engine and for the end of a drain."""
+        self._refusal = reason
         while self._queue:
             admitted = self._queue.popleft()
             admitted.move(_Place.GONE)
-            admitted.deliver(RequestFailed(error))
+            admitted.deliver(RequestFailed(Unavailable(reason)))
         self._load_changed()
 
     async def drain(self, deadline_s: float) -> None:
@@ -185,16 +185,15 @@ class Admission:
 
         Those that are open at the deadline fail with Unavailable.
         """
-        error = Unavailable("This compute node is shutting down.")
-        self._refusal = error
+        self._refusal = "This compute node is shutting down."
         try:
             async with asyncio.timeout(deadline_s):
                 await self._idle.wait()
         except TimeoutError:
             logger.warning("Cancelling %d requests at the drain deadline.", self.num_running + self.num_queued)
-            self.refuse(error)
+            self.refuse(self._refusal)
             for admitted in self._running.values():
-                admitted.deliver(RequestFailed(error))
+                admitted.deliver(RequestFailed(Unavailable(self._refusal)))
                 self._engine.cancel(admitted.request.request_id)
 
     def _fill(self) -> None:

@@ -4,6 +4,8 @@ Works with Transformers 5.17 to 5.23, whose differences are all in `build_batch_
 """
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -158,8 +160,10 @@ def _rows_of(batch_processor: ContinuousBatchProcessor) -> list[FutureRequestSta
 
 def build_batch_loop(model: PreTrainedModel, limits: BatchLimits) -> BatchLoop:
     """Builds the loop: no CUDA graphs and no double buffering, since the experts function syncs in every layer."""
+    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    has_pages = "page_size" in known
     config = ContinuousBatchingConfig(
-        num_blocks=limits.num_kv_blocks,
+        num_blocks=limits.num_kv_blocks if has_pages else limits.num_kv_blocks * _num_layer_groups(model),
         max_batch_tokens=limits.max_batch_tokens,
         max_requests_per_batch=limits.max_concurrent_requests,
         max_blocks_per_request=0,
@@ -167,8 +171,7 @@ def build_batch_loop(model: PreTrainedModel, limits: BatchLimits) -> BatchLoop:
         use_async_batching=False,
         use_cuda_graph=False,
     )
-    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
-    setattr(config, "page_size" if "page_size" in known else "block_size", KV_BLOCK_TOKENS)
+    setattr(config, "page_size" if has_pages else "block_size", KV_BLOCK_TOKENS)
     if "auto_switch_to_flash" in known:
         config.auto_switch_to_flash = False
     elif not model.config._attn_implementation.startswith("paged|"):
@@ -181,3 +184,15 @@ def build_batch_loop(model: PreTrainedModel, limits: BatchLimits) -> BatchLoop:
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=config,
         )
+
+
+def _num_layer_groups(model: PreTrainedModel) -> int:
+    """How many blocks older releases take where newer ones take one.
+
+    Their blocks hold one group of layers of the same attention type, all groups being equally large.
+    """
+    config = model.config.get_text_config()
+    # Optional in Transformers' configurations: without it all layers are alike.
+    layer_types: list[str] = getattr(config, "layer_types", None) or []
+    num_layers_of_type = Counter(layer_types).values()
+    return len(layer_types) // math.gcd(*num_layers_of_type) if layer_types else 1

@@ -37,7 +37,7 @@ class BatchRequests:
         self._ledger = ledger
         self._open: dict[str, RunningRequest] = {}
         self._lock = threading.Lock()
-        self._refusal: Unavailable | None = None
+        self._refusal: str | None = None
         self._drawn: dict[str, SampledToken] = {}
         self._cancels: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -45,7 +45,7 @@ class BatchRequests:
         """From any thread; raises Unavailable after `refuse`."""
         with self._lock:
             if self._refusal is not None:
-                raise self._refusal
+                raise Unavailable(self._refusal)
             assert request.request_id not in self._open, f"{request.request_id} is open already"
             self._open[request.request_id] = RunningRequest(request, sink)
 
@@ -53,15 +53,16 @@ class BatchRequests:
         """From any thread; `take_cancelled` ends it."""
         self._cancels.put(request_id)
 
-    def refuse(self, reason: Unavailable) -> None:
+    def refuse(self, reason: str) -> None:
         """From any thread: no request can be added from now on, and what Transformers fails fails for this reason."""
         with self._lock:
             self._refusal = reason
 
-    def fail_all(self, error: PromoeError) -> None:
-        """Fails what is open when the thread has ended, or as its last act."""
+    def fail_all(self) -> None:
+        """After `refuse`: fails what is open, when the thread has ended or as its last act."""
+        assert self._refusal is not None, "requests may still be added"
         for request_id in list(self._open):
-            self._fail(request_id, error)
+            self._fail(request_id, Unavailable(self._refusal))
 
     def take_cancelled(self) -> list[str]:
         """Between two steps: ends the requests whose cancellation has come, and names them."""
@@ -105,7 +106,9 @@ class BatchRequests:
         if running is None:
             return
         if output.status == RequestStatus.FAILED:
-            self._fail(output.request_id, self._refusal or InternalError(_STEP_FAILED))
+            refusal = self._refusal
+            error = InternalError(_STEP_FAILED) if refusal is None else Unavailable(refusal)
+            self._fail(output.request_id, error)
             return
         token_id = int(output.generated_tokens[-1])
         token = self._drawn.pop(output.request_id, None) or SampledToken(token_id)

@@ -10,7 +10,6 @@ from compute_node.batch_loop import KV_BLOCK_TOKENS, BatchLimits, build_batch_lo
 from compute_node.batch_requests import BatchRequests
 from compute_node.engine import DeathCallback, EngineKind, EngineRequest, EventSink, StepObserver
 from compute_node.step_ledger import StepLedger
-from promoe.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -88,18 +87,16 @@ class ContinuousEngine:
         if self._stopping.is_set():
             return
         self._stopping.set()
-        reason = Unavailable("The compute node was shut down before the answer ended.")
-        self._requests.refuse(reason)
+        self._requests.refuse("The compute node was shut down before the answer ended.")
         if self._loop.is_running():
             self._loop.stop(block=True, timeout=_STOP_DEADLINE_S, hard_stop=True)
-        self._requests.fail_all(reason)
+        self._requests.fail_all()
         self._model.set_attn_implementation(self._attention)
 
     def _thread_ended(self) -> None:
         if self._stopping.is_set():
             return
         logger.error("The engine died: %s", self.fatal_error)
-        reason = Unavailable("The engine of this compute node died; its log has the reason.")
-        self._requests.refuse(reason)
-        self._requests.fail_all(reason)
+        self._requests.refuse("The engine of this compute node died; its log has the reason.")
+        self._requests.fail_all()
         self._on_death()

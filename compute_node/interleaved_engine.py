@@ -95,7 +95,7 @@ class InterleavedEngine:
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._round: dict[str, _Turn] = {}
         self._lock = threading.Lock()
-        self._refusal: Unavailable | None = None
+        self._refusal: str | None = None
         self._thread = threading.Thread(target=self._run, name="interleaved-engine")
 
     @property
@@ -118,7 +118,7 @@ class InterleavedEngine:
         # Under the lock: what is in the inbox when the thread ends is failed by it, what comes later is refused.
         with self._lock:
             if self._refusal is not None:
-                raise self._refusal
+                raise Unavailable(self._refusal)
             self._inbox.put(_Submit(RunningRequest(request, sink)))
 
     def cancel(self, request_id: str) -> None:
@@ -141,7 +141,7 @@ class InterleavedEngine:
         finally:
             # A bug in a step ends up here, too, on its way to the thread's excepthook.
             what = "was shut down before the answer ended" if stopped else "has a dead engine; its log has the reason"
-            self._fail_all(Unavailable(f"The compute node {what}."))
+            self._fail_all(f"The compute node {what}.")
             if not stopped:
                 logger.error("The engine died.")
                 self._on_death()
@@ -220,15 +220,15 @@ class InterleavedEngine:
         self._ledger.take(request_id)
         turn.running.fail(error)
 
-    def _fail_all(self, error: Unavailable) -> None:
+    def _fail_all(self, reason: str) -> None:
         with self._lock:
-            self._refusal = error
+            self._refusal = reason
         for request_id in list(self._round):
-            self._fail(request_id, error)
+            self._fail(request_id, Unavailable(reason))
         while not self._inbox.empty():
             command = self._inbox.get()
             if isinstance(command, _Submit):
-                command.running.fail(error)
+                command.running.fail(Unavailable(reason))
 
 
 def _new_kv_cache(model: PreTrainedModel) -> DynamicCache | None:

@@ -178,7 +178,7 @@ def test_who_waits_for_a_dead_engine_is_told() -> None:
         for each in admitted:
             with pytest.raises(Unavailable, match="died"):
                 await events_of(each)
-        admission.refuse(error)
+        admission.refuse("The engine died.")
         with pytest.raises(Unavailable, match="died"):
             admission.admit(engine_request("late", [1], 5))
         assert (admission.num_running, admission.num_queued) == (0, 0)

@@ -114,7 +114,9 @@ def test_the_model_is_given_back_as_it_was() -> None:
     assert greedy_oracle(model, [5, 6], 4) == expected
 
 
-def test_the_longest_request_fills_all_kv_blocks(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_the_longest_request_fills_all_kv_blocks(family: str) -> None:
+    model = make_tiny_model(family)
     limits = BatchLimits(3, 32, 2)
     steps = StepLog()
     prompt = LONG_PROMPT[: 3 * KV_BLOCK_TOKENS - 10]
