@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import initialization as model_initialization
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -32,6 +33,18 @@ from promoe.model_spec import Dtype, ExpertLayout
 _EXPERTS_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 """What `use_experts_implementation` leaves on an experts module (transformers/integrations/moe.py)."""
 
+
+_CONFIG_ERRORS = (
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    ZeroDivisionError,
+)
+"""What Transformers raises for configs that make no sense: it checks some fields, others fail where they are used."""
 
 _PIECE_NBYTES = 8 << 20
 """Bytes of converted experts at a time."""
@@ -116,7 +129,7 @@ class MetaModel:
         try:
             with torch.device("meta"), model_initialization.meta_device_safe_creation_ops():
                 self._model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
-        except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        except _CONFIG_ERRORS as error:
             raise ModelUnsupported(f"Transformers cannot build this model from its config: {error}") from error
         self._state: dict[str, torch.Tensor] = self._model.state_dict()
         mapping = get_model_conversion_mapping(self._model)
@@ -361,7 +374,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     """The checkpoint's config as Transformers reads it; runs no remote code, raises ModelUnsupported if it cannot."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (*_CONFIG_ERRORS, OSError) as error:
         raise ModelUnsupported(f"Transformers cannot read {folder / 'config.json'}: {error}") from error
     return config
 

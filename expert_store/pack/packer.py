@@ -19,13 +19,13 @@ from expert_store.pack.checkpoint import Checkpoint, TensorReader
 from expert_store.pack.dense_folder import DenseFolderWriter
 from expert_store.pack.families import no_experts
 from expert_store.pack.journal import PackJournal, locked_pack_folder
-from expert_store.pack.layer_file import LayerFileWriter
+from expert_store.pack.layer_file import LayerFileWriter, sync_folder
 from expert_store.pack.meta_model import ConversionPlan, MetaModel, load_config
 from expert_store.pack.model_geometry import model_spec, packed_dtype
 from expert_store.pack.model_source import find_checkpoint
 from expert_store.pack.progress import NoProgress, PackProgress
 from expert_store.pack.verify import damaged_experts, damaged_files
-from promoe.errors import InvalidInput, ResourceExhausted
+from promoe.errors import InvalidInput, PackDamaged, ResourceExhausted
 from promoe.model_spec import Dtype, ExpertLayout
 from promoe.pack_manifest import MANIFEST_FILE, PACK_VERSION, PackManifest
 
@@ -124,11 +124,12 @@ class _Packing:
             finished |= self._pack_layers(missing, read, journal)
         manifest = self._manifest(finished, dense)
         manifest.write(self.pack_dir)
+        sync_folder(self.pack_dir)
         journal.close()
         return manifest
 
     def _open_journal(self) -> PackJournal:
-        manifest = PackManifest.read(self.pack_dir) if (self.pack_dir / MANIFEST_FILE).is_file() else None
+        manifest = self._finished_manifest()
         if manifest is not None and manifest.source_fingerprint != self.source_fingerprint:
             raise InvalidInput(
                 f"{self.pack_dir} holds a pack of {manifest.spec.name} ({manifest.spec.layout.dtype.value}, made from "
@@ -139,6 +140,15 @@ class _Packing:
         if manifest is not None:
             journal.adopt(manifest)
         return journal
+
+    def _finished_manifest(self) -> PackManifest | None:
+        """None also for a manifest that cannot be read: nothing beside it can be trusted then, and all is made anew."""
+        try:
+            return PackManifest.read(self.pack_dir) if (self.pack_dir / MANIFEST_FILE).is_file() else None
+        except PackDamaged as error:
+            self.progress.note(f"{error} Packing everything anew.")
+            (self.pack_dir / MANIFEST_FILE).unlink()
+            return None
 
     def _sound_layers(self, journal: PackJournal) -> dict[int, tuple[str, ...]]:
         """Checksums of the layers that an earlier call finished and whose bytes are still those."""
