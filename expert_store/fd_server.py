@@ -78,10 +78,12 @@ class FdServer:
                 channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
             )
             try:
-                if uid not in self._peer_uids:
-                    raise InvalidInput(f"User {uid} may not attach to this store; see store.allowed_uids.")
                 async with asyncio.timeout(FD_CHANNEL_DEADLINE_S):
-                    await self._converse(channel, pid)
+                    hello = await _receive_without_fd(channel, FdOp.HELLO)
+                    # Only now: a peer that was refused before it spoke would find a closed socket and no reason.
+                    if uid not in self._peer_uids:
+                        raise InvalidInput(f"User {uid} may not attach to this store; see store.allowed_uids.")
+                    await self._answer(channel, hello, pid)
             except Unavailable:
                 pass  # The peer closed: nothing to say and nobody to say it to.
             except (OSError, TimeoutError) as error:
@@ -90,8 +92,7 @@ class FdServer:
                 logger.warning("Refused process %d (user %d): %s", pid, uid, error)
                 _try_send(channel, FdPacket(FdOp.REFUSED, reason=str(error)))
 
-    async def _converse(self, channel: socket.socket, pid: int) -> None:
-        hello = await _receive_without_fd(channel, FdOp.HELLO)
+    async def _answer(self, channel: socket.socket, hello: FdPacket, pid: int) -> None:
         self._store.note_peer(hello.node_instance_id, pid)
         if self._store.phase is Phase.ADOPTING and hello.arena_uuid:
             send_packet(channel, FdPacket(FdOp.OFFER))

@@ -54,7 +54,6 @@ class ExpertStore:
 
     Args:
         on_progress: called with the bytes filled so far.
-        on_full: called once, when every blob is published.
 
     Raises:
         PackDamaged: a file of the pack has not the size that the manifest implies.
@@ -94,6 +93,9 @@ class ExpertStore:
 
     async def run(self, on_full: Callable[[], None]) -> None:
         """Adopts or makes the arena, fills it, then scrubs for as long as it is not cancelled.
+
+        Args:
+            on_full: called once, when every blob is published.
 
         Raises:
             PromoeError: the store cannot do its work; nodes that wait for the arena are told the same.

@@ -1,19 +1,27 @@
 """The store as a process: what it refuses to start with, how it ends, and several nodes on one arena."""
 
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expert_store.arena import ArenaLayout
+from promoe.errors import PackDamaged
 from promoe.fd_channel import FdOp, receive_packet
 from promoe.ids import ExpertId
 from promoe.pack_manifest import PackManifest, layer_file
+from promoe.rpc import domain_error
 from promoe.v1 import expert_store_pb2 as pb
+from promoe.v1 import expert_store_pb2_grpc as pb_grpc
+from promoe.v1 import model_pb2
+from promoe.wire import SCHEMA_VERSION
 from tests.packs import flip_bit, write_synthetic_pack
 from tests.running_store import ROOT, RunningStore, wait_until
 from tests.system.node_process import NodeProcess, arena_nbytes, checksum_of_pack
@@ -156,6 +164,34 @@ def test_sigterm_ends_the_store_at_once_in_every_phase(tmp_path: Path, manifest:
                 assert adopting.terminate() == 0
 
 
+def test_a_store_that_waits_for_its_arena_is_not_healthy_and_tells_who_waits_why_it_fails(
+    tmp_path: Path, manifest: PackManifest
+) -> None:
+    with RunningStore(tmp_path / "pack", tmp_path) as store:
+        store.wait_until_full()
+        with NodeProcess(store, manifest.spec, tmp_path / "node.log") as node:
+            node.wait_until_attached()
+            store.kill()
+            os.kill(node.pid, signal.SIGSTOP)
+            flip_bit(tmp_path / "pack", ExpertId(0, 1), manifest)
+            with RunningStore(tmp_path / "pack", tmp_path, "store.adopt_wait_s=2") as adopting:
+                assert adopting.wait_until_serving().fill_state == pb.FILL_STATE_ADOPTING
+                assert not adopting.get_info().HasField("arena")
+                with grpc.insecure_channel(adopting.endpoint) as channel:
+                    health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+                    assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+                    service = model_pb2.ServiceInfo(schema_version=SCHEMA_VERSION, instance_id="a test")
+                    hello = pb.AttachRequest(hello=pb.AttachHello(service=service))
+                    requests: queue.SimpleQueue[pb.AttachRequest] = queue.SimpleQueue()
+                    requests.put(hello)
+                    with pytest.raises(grpc.RpcError) as caught:
+                        list(pb_grpc.ExpertStoreStub(channel).Attach(iter(requests.get, None), timeout=20))
+                    requests.put(hello)
+                assert isinstance(domain_error(caught.value), PackDamaged)
+                assert "layer_00000.bin: the blob of L0E1 is damaged" in str(domain_error(caught.value))
+                assert adopting.process.wait(timeout=20) == 1
+
+
 def test_two_nodes_share_one_copy_of_the_experts(tmp_path: Path) -> None:
     manifest = write_synthetic_pack(tmp_path / "pack", layers=4, experts=8, expert_hidden=256, hidden=512)
     spec = manifest.spec
@@ -260,7 +296,7 @@ channel.send(b'{{"op": "hello", "arena_uuid": "", "node_instance_id": "x", "reas
 report = socket.socket(fileno={far.fileno()})
 report.send(channel.recv(4096))
 """
-    subprocess.run([sys.executable, "-c", program], pass_fds=[far.fileno()], check=True, timeout=20)
     with near, far:
+        subprocess.run([sys.executable, "-c", program], pass_fds=[far.fileno()], check=True, timeout=20)
         packet, _ = receive_packet(near)
     return packet.op, packet.reason.partition(";")[0]
