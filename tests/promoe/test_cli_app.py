@@ -277,13 +277,33 @@ def test_chat_on_a_terminal(endpoint: str, node: ScriptedInference) -> None:
         terminal.send("Too much\n")
         terminal.wait_for("too long")
         terminal.wait_for("› ", times=3)
-        terminal.send("half a line\x03")
+        terminal.send("half a line")
+        terminal.wait_for("half a line")
+        terminal.send("\x03")
         terminal.wait_for("› ", times=4)
         terminal.send("Again\n")
         terminal.wait_for("TTFT")
+        terminal.wait_for("› ", times=5)
         terminal.send("\x04")
         assert process.wait(DEADLINE_S) == 0
     assert [m.content for m in node.requests[-1].chat.messages] == ["Tell me", "Once upon", "Again"]
+
+
+def test_generate_on_a_terminal_is_cancelled_by_ctrl_c(endpoint: str, node: ScriptedInference) -> None:
+    node.scripts = [(accepted(), delta("Once upon", 1), Act.HANG)]
+    with on_terminal("generate", "x", "-e", endpoint) as (terminal, process):
+        terminal.wait_for("Once upon")
+        terminal.send("\x03")
+        assert process.wait(DEADLINE_S) != 0
+    assert node.hung_up.wait(DEADLINE_S)
+    assert "Traceback" not in terminal.screen
+
+
+def test_a_reader_that_has_gone_is_no_error(endpoint: str) -> None:
+    command = f"{sys.executable} -c 'from promoe.cli.app import main; main()' generate x -e {endpoint} | true"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in ended.stderr
+    assert "error" not in ended.stderr
 
 
 def test_help_is_quick_and_knows_every_command() -> None:
@@ -307,6 +327,14 @@ def test_shell_completion_offers_the_commands() -> None:
     script = Path(sys.executable).with_name("promoe")
     ended = subprocess.run([script], capture_output=True, text=True, env=environment, check=False)
     assert "status" in ended.stdout.split()
+
+
+def test_a_failure_of_the_system_names_the_file(run: Run, folder: Path) -> None:
+    (folder / "home").write_text("a file where a folder should be")
+    (folder / "checkpoint").mkdir()
+    ran = run("up", str(folder / "checkpoint"), "--listen", "127.0.0.1:0")
+    assert ran.code == 1
+    assert f"error: Not a directory: {folder}/home/packs" in ran.err or f"error: File exists: {folder}/home" in ran.err
 
 
 def test_version(run: Run) -> None:

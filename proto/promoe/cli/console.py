@@ -29,5 +29,7 @@ def _plain(value: object) -> object:
 
 def print_error(error: Exception) -> None:
     """One sentence, with the mend where there is one, on standard error."""
-    console = state_console()
-    console.print(Text.assemble(("error: ", "bold red"), str(error) or type(error).__name__), soft_wrap=True)
+    sentence = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        sentence = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    state_console().print(Text.assemble(("error: ", "bold red"), sentence), soft_wrap=True)
