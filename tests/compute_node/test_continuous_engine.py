@@ -6,31 +6,17 @@ from transformers import PreTrainedModel
 from compute_node.batch_loop import KV_BLOCK_TOKENS, BatchLimits
 from compute_node.engine import EngineRequest
 from compute_node.sampling import RowSampler
-from compute_node.step_ledger import Phase, StepLedger, TokenSpan
-from tests.compute_node.tiny_serving import StepLog, continuous_engine, engine_request, greedy_oracle, submit
+from tests.compute_node.tiny_serving import (
+    SpanRecorder,
+    StepLog,
+    continuous_engine,
+    engine_request,
+    greedy_oracle,
+    submit,
+)
 from tests.families import make_tiny_model
 
 LONG_PROMPT = [3 + index % 50 for index in range(3 * KV_BLOCK_TOKENS + 5)]
-
-
-class SpanRecorder(StepLedger):
-    """Keeps the spans of all steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spans_of_all: list[TokenSpan] = []
-
-    def end_step(self) -> None:
-        self.spans_of_all.extend(self.spans)
-        super().end_step()
-
-    def prefill_of(self, request_id: str) -> int:
-        """Prompt tokens that were computed."""
-        return sum(
-            span.num_tokens
-            for span in self.spans_of_all
-            if span.request_id == request_id and span.phase is Phase.PREFILL
-        )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +32,7 @@ def test_a_prompt_longer_than_a_step_is_computed_in_pieces(model: PreTrainedMode
         with continuous_engine(model, limits, ledger) as engine:
             assert submit(engine, engine_request("r", LONG_PROMPT, 6)).token_ids() == expected
         assert ledger.prefill_of("r") == len(LONG_PROMPT)
-        assert max(span.num_tokens for span in ledger.spans_of_all) == min(max_batch_tokens, len(LONG_PROMPT))
+        assert max(span.num_tokens for span in ledger.spans_of("r")) == min(max_batch_tokens, len(LONG_PROMPT))
 
 
 @pytest.mark.parametrize("share_prefixes", [True, False])

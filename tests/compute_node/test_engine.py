@@ -17,10 +17,11 @@ from compute_node.engine import (
     TokenDrawn,
 )
 from compute_node.sampling import RowSampler, Sampling
-from compute_node.step_ledger import Phase, StepLedger, TokenSpan
+from compute_node.step_ledger import Phase, StepLedger
 from promoe.errors import ResourceExhausted, Unavailable
 from tests.compute_node.tiny_serving import (
     EventLog,
+    SpanRecorder,
     StepLog,
     engine_request,
     greedy_oracle,
@@ -210,18 +211,6 @@ def test_events_come_in_order(engine: Engine, model: PreTrainedModel) -> None:
     assert times == sorted(times)
 
 
-class SpanRecorder(StepLedger):
-    """Keeps the spans of all steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[tuple[TokenSpan, ...]] = []
-
-    def end_step(self) -> None:
-        self.steps.append(self.spans)
-        super().end_step()
-
-
 @KINDS
 def test_the_ledger_is_told_every_row_of_every_step(kind: EngineKind, model: PreTrainedModel) -> None:
     ledger = SpanRecorder()
@@ -237,7 +226,7 @@ def test_the_ledger_is_told_every_row_of_every_step(kind: EngineKind, model: Pre
     hook.remove()
     assert [sum(span.num_tokens for span in spans) for spans in ledger.steps] == rows
     for index in range(4):
-        spans = [span for step in ledger.steps for span in step if span.request_id == f"r{index}"]
+        spans = ledger.spans_of(f"r{index}")
         prefill = [span for span in spans if span.phase is Phase.PREFILL]
         decode = [span for span in spans if span.phase is Phase.DECODE]
         assert spans == prefill + decode

@@ -6,24 +6,22 @@ from collections import Counter
 import pytest
 from transformers import PreTrainedModel
 
-from compute_node.step_ledger import Phase, StepLedger, TokenSpan
-from tests.compute_node.tiny_serving import engine_request, greedy_oracle, interleaved_engine, submit
+from compute_node.step_ledger import Phase, TokenSpan
+from tests.compute_node.tiny_serving import SpanRecorder, engine_request, greedy_oracle, interleaved_engine, submit
 from tests.families import make_tiny_model
 
 PROMPTS = ([5, 6, 7], list(range(3, 60)), [8])
 
 
-class HeldLedger(StepLedger):
-    """Keeps the spans of all steps; holds the first step until the test lets go."""
+class HeldLedger(SpanRecorder):
+    """Holds the first step until the test lets go."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps: list[TokenSpan] = []
         self.go_on = threading.Event()
 
     def end_step(self) -> None:
         assert self.go_on.wait(timeout=60), "the test forgot to let go"
-        self.steps.extend(self.spans)
         super().end_step()
 
 
@@ -41,7 +39,7 @@ def test_requests_take_turns(model: PreTrainedModel) -> None:
         assert [log.token_ids() for log in logs] == expected
     # All are there when the first step ends: from the second round on nobody is two steps ahead of another.
     progress: Counter[str] = Counter()
-    for span in ledger.steps:
+    for (span,) in ledger.steps:
         progress[span.request_id] += 1
         if len(progress) == len(PROMPTS):
             assert max(progress.values()) - min(progress.values()) <= 1
@@ -49,9 +47,8 @@ def test_requests_take_turns(model: PreTrainedModel) -> None:
 
 
 def test_a_prompt_is_computed_in_one_piece_and_answers_token_by_token(model: PreTrainedModel) -> None:
-    ledger = HeldLedger()
-    ledger.go_on.set()
+    ledger = SpanRecorder()
     with interleaved_engine(model, ledger) as engine:
         submit(engine, engine_request("r", PROMPTS[1], 4)).tokens_and_end()
         assert engine.max_request_tokens == 512
-    assert ledger.steps == [TokenSpan("r", 57, Phase.PREFILL), *[TokenSpan("r", 1, Phase.DECODE)] * 3]
+    assert ledger.steps == [(TokenSpan("r", 57, Phase.PREFILL),), *[(TokenSpan("r", 1, Phase.DECODE),)] * 3]

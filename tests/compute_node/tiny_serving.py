@@ -39,7 +39,7 @@ from compute_node.prompt import PromptCodec, PromptLimits
 from compute_node.request_metrics import RequestMetrics
 from compute_node.sampling import SampledToken, Sampling
 from compute_node.service import SERVICE_NAME, InferenceService
-from compute_node.step_ledger import Phase, StepLedger
+from compute_node.step_ledger import Phase, StepLedger, TokenSpan
 from promoe.errors import PromoeError
 from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
 from promoe.rpc import RpcServer
@@ -150,6 +150,27 @@ class StepLog:
     def died(self) -> None:
         """The engine's thread ended without having been stopped."""
         self.has_died = True
+
+
+class SpanRecorder(StepLedger):
+    """A ledger that keeps the spans of all steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[TokenSpan, ...]] = []
+
+    def end_step(self) -> None:
+        """Keeps the step's spans."""
+        self.steps.append(self.spans)
+        super().end_step()
+
+    def spans_of(self, request_id: str) -> list[TokenSpan]:
+        """One request's spans, in order."""
+        return [span for step in self.steps for span in step if span.request_id == request_id]
+
+    def prefill_of(self, request_id: str) -> int:
+        """Prompt tokens that were computed for one request."""
+        return sum(span.num_tokens for span in self.spans_of(request_id) if span.phase is Phase.PREFILL)
 
 
 @contextmanager
