@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS: Final = 512
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_STRING_CHARS: Final = 1024
+MAX_STOP_TOKEN_IDS: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,6 @@ class AnswerOptions:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; allowed: 1 or more")
-        if len(self.stop_strings) > MAX_STOP_STRINGS:
-            raise ValueError(f"stop_strings has {len(self.stop_strings)} strings; allowed: at most {MAX_STOP_STRINGS}")
         for stop_string in self.stop_strings:
             if not 1 <= len(stop_string) <= MAX_STOP_STRING_CHARS:
                 raise ValueError(

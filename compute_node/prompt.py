@@ -1,15 +1,17 @@
 """Between text and tokens: prompts, chats and answers, through the model's own tokenizer and chat template.
 
-Encoding a long text takes seconds: it is done in a worker thread, never on the event loop.
+Encoding or decoding a long text takes seconds: that is done in a worker thread, never on the event loop.
 """
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+
+MAX_CHAT_MESSAGES: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,12 @@ class PromptCodec:
         token_ids = prompt.token_ids if isinstance(prompt, TokenPrompt) else await self.tokenize(prompt)
         if not token_ids:
             raise ValueError("prompt is empty; at least one token is needed")
-        self._check_ids(token_ids, "prompt.token_ids")
         if len(token_ids) >= self._limits.max_context_tokens:
             raise ValueError(
                 f"prompt has {len(token_ids)} tokens; allowed: fewer than the context's "
                 f"{self._limits.max_context_tokens}, so that at least one token of an answer fits"
             )
+        self._check_ids(token_ids, "prompt.token_ids")
         return token_ids
 
     async def tokenize(self, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
@@ -106,14 +108,13 @@ class PromptCodec:
         self._check_size(prompt)
         return await asyncio.to_thread(self._tokenize, prompt)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The tokens as one text.
 
         Raises:
             ValueError: a token that is not in the vocabulary.
         """
-        self._check_ids(token_ids, "token_ids")
-        return self.decode(token_ids)
+        return await asyncio.to_thread(self._detokenize, token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The answer's tokens as one text, without special tokens."""
@@ -147,6 +148,10 @@ class PromptCodec:
         for token_id in token_ids:
             if not 0 <= token_id < self._limits.vocab_size:
                 raise ValueError(f"{field} has {token_id}; allowed: 0 to {self._limits.vocab_size - 1}")
+
+    def _detokenize(self, token_ids: Sequence[int]) -> str:
+        self._check_ids(token_ids, "token_ids")
+        return self.decode(token_ids)
 
     def _tokenize(self, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
         if isinstance(prompt, TextPrompt):

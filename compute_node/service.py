@@ -12,6 +12,7 @@ from compute_node.admission import Admission
 from compute_node.answer import (
     DEFAULT_MAX_TOKENS,
     MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
     Answerer,
     AnswerOptions,
     Delta,
@@ -21,7 +22,7 @@ from compute_node.answer import (
 )
 from compute_node.engine import EngineKind
 from compute_node.node_report import CacheReporter, CacheShapeReport, NodeIdentity, PhaseCounts, StoreLinkReport
-from compute_node.prompt import ChatPrompt, ChatTurn, Prompt, PromptCodec, TextPrompt, TokenPrompt
+from compute_node.prompt import MAX_CHAT_MESSAGES, ChatPrompt, ChatTurn, Prompt, PromptCodec, TextPrompt, TokenPrompt
 from compute_node.sampling import MAX_TOP_LOGPROBS, SampledToken, Sampling
 from compute_node.step_ledger import ExpertUse
 from promoe.v1 import inference_pb2, inference_pb2_grpc, model_pb2
@@ -144,7 +145,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.DetokenizeRequest, context: "_Context"
     ) -> inference_pb2.DetokenizeResponse:
         """See inference.proto."""
-        return inference_pb2.DetokenizeResponse(text=self._codec.detokenize(request.token_ids))
+        return inference_pb2.DetokenizeResponse(text=await self._codec.detokenize(request.token_ids))
 
     async def CacheStats(
         self, request: inference_pb2.CacheStatsRequest, context: "_Context"
@@ -221,12 +222,15 @@ def _decode_prompt(request: inference_pb2.GenerateRequest) -> Prompt:
 
 
 def _decode_chat(chat: inference_pb2.Chat) -> ChatPrompt:
+    _refuse_more_than(MAX_CHAT_MESSAGES, len(chat.messages), "prompt.chat.messages")
     for message in (chat, *chat.messages):
         _refuse_unknown_fields(message, "prompt.chat")
     return ChatPrompt(tuple(ChatTurn(message.role, message.content) for message in chat.messages))
 
 
 def _decode_options(params: inference_pb2.SamplingParams) -> AnswerOptions:
+    _refuse_more_than(MAX_STOP_STRINGS, len(params.stop_strings), "stop_strings")
+    _refuse_more_than(MAX_STOP_TOKEN_IDS, len(params.stop_token_ids), "stop_token_ids")
     sampling = Sampling(
         temperature=params.temperature,
         top_k=params.top_k if params.HasField("top_k") else None,
@@ -242,6 +246,12 @@ def _decode_options(params: inference_pb2.SamplingParams) -> AnswerOptions:
         stop_token_ids=frozenset(params.stop_token_ids),
         ignore_eos=params.ignore_eos,
     )
+
+
+def _refuse_more_than(most: int, num_given: int, name: str) -> None:
+    """Counted before anything is done for each of them: a message has room for millions."""
+    if num_given > most:
+        raise ValueError(f"{name} has {num_given} entries; allowed: at most {most}")
 
 
 def _refuse_unknown_fields(message: Message, name: str) -> None:

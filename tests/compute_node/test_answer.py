@@ -239,7 +239,7 @@ def test_who_is_not_let_in_is_counted(tokenizer: PreTrainedTokenizerBase) -> Non
     [
         ({"max_tokens": 0}, "max_tokens is 0; allowed: 1 or more"),
         ({"stop_strings": ("",)}, "stop_strings has a string of 0 characters; allowed: 1 to 1024"),
-        ({"stop_strings": ("x",) * 17}, "stop_strings has 17 strings; allowed: at most 16"),
+        ({"stop_strings": ("x" * 1025,)}, "stop_strings has a string of 1025 characters; allowed: 1 to 1024"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict[str, object], sentence: str) -> None:

@@ -22,7 +22,7 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> PromptCodec:
 @given(text=st.text(max_size=30))
 def test_any_text_comes_back(codec: PromptCodec, text: str) -> None:
     token_ids = asyncio.run(codec.tokenize(TextPrompt("x" + text)))
-    assert codec.detokenize(token_ids) == "x" + text
+    assert asyncio.run(codec.detokenize(token_ids)) == "x" + text
     assert all(codec.token_text(token_id) for token_id in token_ids)
 
 
@@ -62,7 +62,7 @@ def test_the_longest_prompt_leaves_room_for_one_token(codec: PromptCodec) -> Non
 
 def test_unknown_tokens_are_not_detokenized(codec: PromptCodec) -> None:
     with pytest.raises(ValueError, match=r"token_ids has 100000; allowed: 0 to"):
-        codec.detokenize([1, 100000])
+        asyncio.run(codec.detokenize([1, 100000]))
 
 
 def test_a_chat_needs_a_template(tmp_path: Path) -> None:

@@ -46,7 +46,12 @@ BAD_REQUESTS = {
     "no penalty": (text_request(repetition_penalty=0.0), "repetition_penalty is 0.0; allowed: above 0, up to 5"),
     "max_tokens 0": (text_request(max_tokens=0), "max_tokens is 0; allowed: 1 or more"),
     "many logprobs": (text_request(top_logprobs=21), "top_logprobs is 21; allowed: 0 to 20"),
-    "many stop strings": (text_request(stop_strings=["x"] * 17), "stop_strings has 17 strings; allowed: at most 16"),
+    "many stop strings": (text_request(stop_strings=["x"] * 17), "stop_strings has 17 entries; allowed: at most 16"),
+    "many stop tokens": (text_request(stop_token_ids=[1] * 1025), "stop_token_ids has 1025 entries; allowed: at most"),
+    "many messages": (
+        inference_pb2.GenerateRequest(chat=inference_pb2.Chat(messages=[inference_pb2.ChatMessage()] * 4097)),
+        "prompt.chat.messages has 4097 entries; allowed: at most 4096",
+    ),
     "empty stop string": (text_request(stop_strings=["a", ""]), "stop_strings has a string of 0 characters"),
     "long stop string": (text_request(stop_strings=["x" * 1025]), "stop_strings has a string of 1025 characters"),
     "unknown stop token": (text_request(stop_token_ids=[99999]), "stop_token_ids has 99999; allowed: 0 to"),
