@@ -1,5 +1,9 @@
 """The client library: text from a compute node (required: every failure is raised, after a few retries).
 
+    with Client("127.0.0.1:50051") as client:
+        for piece in client.generate([{"role": "user", "content": "Why is the sky blue?"}], max_tokens=100):
+            print(piece, end="")
+
 The logic is in `promoe.node_calls`; `AsyncClient` awaits it and `Client` runs the same coroutines over a blocking
 channel.
 """

@@ -50,13 +50,13 @@ def demo(flags: DemoFlags) -> None:
         with brought_up(options.plan(run_dir), run_dir, PlainView(state_console()), stop) as stack:
             if stack is not None:
                 with Client(stack.plan.endpoint) as client:
-                    usages = [_ask(client, question, flags.max_tokens, stop) for question in _QUESTIONS]
+                    usages = [ask_question(client, question, flags.max_tokens, stop) for question in _QUESTIONS]
                     _print_summary(client, usages)
         if stop.asked:
             raise typer.Exit(130)
 
 
-def _ask(client: Client, question: str, max_tokens: int, stop: StopSignals) -> Usage:
+def ask_question(client: Client, question: str, max_tokens: int, stop: StopSignals) -> Usage:
     """Streams one answer; raises InternalError when it is not what an answer must be."""
     output_console().print(f"\n[bold]{question}[/bold]")
     messages = [{"role": "user", "content": question}]

@@ -1,0 +1,132 @@
+"""Both transports behave alike over real sockets; gRPC's own wording becomes a sentence with the endpoint."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from promoe.errors import DeadlineExceeded, InvalidInput, PromoeError, Unavailable
+from promoe.transport import AioTransport, BlockingTransport, Transport, Unreachable, run_blocking
+from promoe.v1 import inference_pb2
+from tests.promoe.scripted_inference import HELLO, Act, ScriptedInference, ScriptedNode, accepted, serve_in_thread
+
+DEADLINE_S = 20.0
+HELLO_TEXT = ["", "Hel", "lo", ""]
+
+Check = Callable[[Transport], Awaitable[None]]
+
+
+def on_both(servicer: ScriptedInference, check: Check, endpoint: str | None = None) -> None:
+    """Runs the same check over the blocking transport and over asyncio's, against a server or at a dead endpoint."""
+
+    async def over(transport: Transport) -> None:
+        try:
+            await check(transport)
+        finally:
+            await transport.close()
+
+    async def over_asyncio() -> None:
+        if endpoint is not None:
+            await over(AioTransport(endpoint))
+            return
+        async with ScriptedNode(servicer) as node:
+            await over(AioTransport(node.endpoint))
+
+    if endpoint is not None:
+        run_blocking(over(BlockingTransport(endpoint)))
+    else:
+        with serve_in_thread(servicer) as served:
+            run_blocking(over(BlockingTransport(served)))
+    asyncio.run(over_asyncio())
+
+
+async def detokenize(transport: Transport, timeout_s: float = DEADLINE_S) -> str:
+    request = inference_pb2.DetokenizeRequest(token_ids=[104, 105])
+    return (await transport.ask("Detokenize", request, inference_pb2.DetokenizeResponse, timeout_s)).text
+
+
+async def raised_by(awaitable: Awaitable[object]) -> PromoeError:
+    try:
+        await awaitable
+    except PromoeError as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def test_asks_reads_and_looks_at_health() -> None:
+    async def check(transport: Transport) -> None:
+        assert await detokenize(transport) == "hi"
+        assert await transport.is_serving(DEADLINE_S)
+        call = transport.generate(inference_pb2.GenerateRequest(text="x"), DEADLINE_S)
+        texts = []
+        while (message := await call.read()) is not None:
+            texts.append(message.delta.text)
+        assert texts == HELLO_TEXT
+        await transport.pause(0.0)
+
+    on_both(ScriptedInference(HELLO), check)
+
+
+def test_raises_what_the_server_raised() -> None:
+    servicer = ScriptedInference((InvalidInput("No such thing."),))
+    servicer.unary_errors = [InvalidInput("Not this."), InvalidInput("Not this.")]
+
+    async def check(transport: Transport) -> None:
+        error = await raised_by(detokenize(transport))
+        assert (type(error), str(error)) == (InvalidInput, "Not this.")
+        error = await raised_by(transport.generate(inference_pb2.GenerateRequest(text="x"), DEADLINE_S).read())
+        assert (type(error), str(error)) == (InvalidInput, "No such thing.")
+
+    on_both(servicer, check)
+
+
+def test_an_unavailable_server_is_not_an_unreachable_one() -> None:
+    servicer = ScriptedInference(HELLO)
+    servicer.unary_errors = [Unavailable("The node is draining."), Unavailable("The node is draining.")]
+
+    async def check(transport: Transport) -> None:
+        error = await raised_by(detokenize(transport))
+        assert (type(error), str(error)) == (Unavailable, "The node is draining.")
+
+    on_both(servicer, check)
+
+
+def test_nobody_there_is_unreachable_with_the_endpoint(tmp_path: Path) -> None:
+    endpoint = f"unix:{tmp_path}/n.sock"
+
+    async def check(transport: Transport) -> None:
+        calls = (
+            detokenize(transport),
+            transport.is_serving(DEADLINE_S),
+            transport.generate(inference_pb2.GenerateRequest(text="x"), DEADLINE_S).read(),
+        )
+        for call in calls:
+            error = await raised_by(call)
+            assert type(error) is Unreachable
+            assert str(error) == f"There is no connection to {endpoint} (No such file or directory (2))."
+
+    on_both(ScriptedInference(HELLO), check, endpoint)
+
+
+def test_a_deadline_and_a_cancellation_end_a_hanging_answer() -> None:
+    servicer = ScriptedInference((accepted(), Act.HANG))
+
+    async def check(transport: Transport) -> None:
+        late = transport.generate(inference_pb2.GenerateRequest(text="x"), 0.3)
+        assert await late.read() is not None
+        error = await raised_by(late.read())
+        assert type(error) is DeadlineExceeded
+        assert "did not answer in time" in str(error)
+        cancelled = transport.generate(inference_pb2.GenerateRequest(text="x"), DEADLINE_S)
+        assert await cancelled.read() is not None
+        cancelled.cancel()
+        assert isinstance(await raised_by(cancelled.read()), Unavailable)
+        cancelled.cancel()
+
+    on_both(servicer, check)
+
+
+def test_a_coroutine_that_suspends_does_not_belong_on_the_blocking_transport() -> None:
+    with pytest.raises(AssertionError, match="suspended"):
+        run_blocking(asyncio.sleep(0))
