@@ -26,7 +26,6 @@ class ExpertsModule(Protocol):
 
     has_gate: bool
     has_bias: bool
-    has_post_expert_norm: bool
     is_transposed: bool
 
     def _apply_gate(self, gate_up_out: torch.Tensor) -> torch.Tensor: ...
@@ -131,7 +130,9 @@ def compute_expert(module: ExpertsModule, rows_ND: torch.Tensor, weights: Expert
     up_NF = _project(rows_ND, weights.up, weights.up_bias, module.is_transposed)
     inner_NF = module._apply_gate(up_NF) if module.has_gate else module.act_fn(up_NF)
     out_ND = _project(inner_NF, weights.down, weights.down_bias, module.is_transposed)
-    return module.post_expert_norm(out_ND) if module.has_post_expert_norm else out_ND
+    # Transformers 5.17 knows no norm behind experts, and its modules do not say that they have none.
+    has_post_norm = getattr(module, "has_post_expert_norm", False)
+    return module.post_expert_norm(out_ND) if has_post_norm else out_ND
 
 
 def _project(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool) -> torch.Tensor:
