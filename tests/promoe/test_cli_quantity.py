@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promoe.cli.quantity import format_nbytes, format_rate, format_s, parse_bytes_per_s, parse_nbytes
+from promoe.cli.quantity import (
+    format_bytes_per_s,
+    format_nbytes,
+    format_rate,
+    format_s,
+    parse_bytes_per_s,
+    parse_nbytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,4 +63,5 @@ def test_formats_for_people() -> None:
     assert [format_s(s) for s in (0.00123, 0.0431, 1.254, 42.0, 125.4)] == [
         "1.2 ms", "43 ms", "1.25 s", "42.0 s", "2 min 5 s",
     ]  # fmt: skip
+    assert [format_bytes_per_s(r) for r in (12, 950e6, 2e9, 64e9)] == ["12.0 B/s", "950 MB/s", "2.00 GB/s", "64.0 GB/s"]
     assert (format_rate(None), format_rate(0.6824)) == ("–", "68.2 %")

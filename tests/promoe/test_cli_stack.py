@@ -113,7 +113,7 @@ def test_comes_up_through_its_phases_and_stops_the_node_before_the_store(bench: 
     fractions = [line.fraction for status in bench.view.shown for line in status.phases if line.name == "fill"]
     assert 0.5 in fractions
     assert "4 of 8 experts per layer" in bench.view.phase("ready").detail
-    assert "emulated link of 954 MiB/s" in bench.view.phase("ready").detail
+    assert "emulated link of 1.00 GB/s" in bench.view.phase("ready").detail
     assert bench.phase_in_state() == "ready"
     watch_until(stack, lambda: "hit rate prefill 25.0 %, decode 75.0 %" in bench.view.shown[-1].footer)
     stack.take_down()

@@ -59,6 +59,7 @@ def test_the_live_view_leaves_the_terminal_while_paused(written: io.StringIO) ->
     view = LiveView(console)
     view.show(status_with(PhaseLine("pack", PhaseState.RUNNING, "packing")))
     view.pause()
+    assert written.getvalue().endswith("pack\x1b[0m  packing\n")
     before = written.getvalue()
     console.print("the packer's own bar")
     assert written.getvalue().endswith("the packer's own bar\n")

@@ -14,7 +14,7 @@ from typing import Final
 import psutil
 
 from promoe.cli.diagnosis import Finding, fail, ok, warn
-from promoe.cli.quantity import format_nbytes
+from promoe.cli.quantity import format_bytes_per_s, format_nbytes
 
 _LITTLE_MEMORY_NBYTES: Final = 4 << 30
 _LITTLE_DISK_NBYTES: Final = 5 << 30
@@ -114,7 +114,7 @@ def check_disk(folder: Path) -> list[Finding]:
         room = ok("disk", room_found)
     if read is None or written is None:
         return [room, warn("disk speed", f"{folder} knows no O_DIRECT", "keep packs on a local disk (PROMOE_HOME)")]
-    speed = f"reads {format_nbytes(read)}/s, writes {format_nbytes(written)}/s past the page cache"
+    speed = f"reads {format_bytes_per_s(read)}, writes {format_bytes_per_s(written)} past the page cache"
     if read < _SLOW_DISK_BYTES_PER_S:
         return [room, warn("disk speed", speed, "filling the store takes long: keep packs on an NVMe disk")]
     return [room, ok("disk speed", speed)]

@@ -60,6 +60,16 @@ def format_nbytes(nbytes: float) -> str:
     return f"{_three_figures(size)} TiB"
 
 
+def format_bytes_per_s(rate: float) -> str:
+    """`950 MB/s`, `2.00 GB/s`: three figures, decimal units, as links and disks are sold."""
+    size = float(rate)
+    for unit in ("B/s", "kB/s", "MB/s"):
+        if size < 999.5:
+            return f"{_three_figures(size)} {unit}"
+        size /= 1000
+    return f"{_three_figures(size)} GB/s"
+
+
 def format_s(seconds: float) -> str:
     """`43 ms`, `1.25 s`, `2 min 5 s`."""
     if seconds < 0.9995:

@@ -5,7 +5,7 @@ import time
 from typing import Final
 
 from promoe.cli.figures import node_figures
-from promoe.cli.quantity import format_nbytes, format_s
+from promoe.cli.quantity import format_bytes_per_s, format_nbytes, format_s
 from promoe.cli.run_dir import RunDir, StackState
 from promoe.cli.stack_plan import StackPlan
 from promoe.cli.stack_view import PhaseLine, PhaseState, StackStatus, StackView
@@ -198,7 +198,7 @@ def ready_phrase(endpoint: str, info: NodeInfo) -> str:
     model, shape = info.model, info.expert_cache
     link = ""
     if info.device.emulated_link_bytes_per_s:
-        link = f", emulated link of {format_nbytes(info.device.emulated_link_bytes_per_s)}/s"
+        link = f", emulated link of {format_bytes_per_s(info.device.emulated_link_bytes_per_s)}"
     return (
         f"{model.name} on {endpoint} ({info.device.kind}{link}): {shape.slots_per_layer} of {model.num_experts} "
         f"experts per layer on the device (cache rate {shape.cache_rate:.3g}, {shape.eviction})"

@@ -80,6 +80,7 @@ class LiveView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live: Live | None = None
+        self._status = StackStatus(())
         self._spinner = Spinner("dots", style="cyan")
 
     def show(self, status: StackStatus) -> None:
@@ -87,6 +88,7 @@ class LiveView:
         if self._live is None:
             self._live = Live(console=self._console, refresh_per_second=8)
             self._live.start()
+        self._status = status
         self._live.update(self._render(status))
 
     def note(self, text: str) -> None:
@@ -100,6 +102,9 @@ class LiveView:
             self._live.transient = True
             self._live.stop()
             self._live = None
+        for line in self._status.phases:
+            if line.state is PhaseState.RUNNING:
+                self._console.print(Text.assemble((line.name, "bold"), f"  {line.detail}"), soft_wrap=True)
 
     def close(self) -> None:
         """See StackView."""

@@ -9,7 +9,7 @@ from rich.text import Text
 from promoe.cli.console import output_console, print_document
 from promoe.cli.figures import stats_document
 from promoe.cli.options import EndpointOption, JsonOption, RunDirOption
-from promoe.cli.quantity import format_nbytes, format_rate, format_s
+from promoe.cli.quantity import format_bytes_per_s, format_nbytes, format_rate, format_s
 from promoe.cli.run_dir import RunDir, StackState, find_endpoint, uptime_s
 from promoe.cli.stack import ready_phrase
 from promoe.cli.store_calls import StoreInfo, StoreStats, store_info, store_stats
@@ -121,7 +121,7 @@ def _store_phrase(store: StoreInfo) -> str:
 def _store_counters(stats: StoreStats) -> list[str]:
     filled = "adopted, not filled again" if stats.adopted else f"filled in {format_s(stats.fill_s)}"
     if not stats.adopted:
-        filled += f" at {format_nbytes(stats.fill_bytes_per_s)}/s"
+        filled += f" at {format_bytes_per_s(stats.fill_bytes_per_s)}"
     phrases = [f"{filled}; {stats.published_blobs} experts, {stats.damaged_blobs} damaged"]
     phrases += [f"lease of process {lease.pid}, held {format_s(lease.held_s)}" for lease in stats.leases]
     return phrases

@@ -84,7 +84,10 @@ def brought_up(plan: StackPlan, run_dir: RunDir, view: StackView, stop: StopSign
 def up(options: UpOptions) -> None:
     """Run the whole stack on this machine until Ctrl-C: pack on first use, fill, load, serve."""
     run_dir = RunDir(options.run_dir)
-    with StopSignals() as stop, brought_up(options.plan(run_dir), run_dir, view_for(state_console()), stop) as stack:
+    view = view_for(state_console())
+    with StopSignals() as stop, brought_up(options.plan(run_dir), run_dir, view, stop) as stack:
+        if stack is None:
+            view.note("Stopped before everything was up; what is packed so far is kept.")
         while stack is not None and not stop.asked:
             stack.watch()
             stop.wait(_WATCH_INTERVAL_S)
