@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings(options.config, options.set)
         config = settings.section("compute", ComputeConfig)
         configure_logging("compute_node", settings.section("log", LogConfig).level)
+        # Transformers' batching tells of its own comings and goings, in its own format, at the root's level.
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
         asyncio.run(serve(config))
     except ValueError as error:
         sys.stderr.write(f"compute_node: {error}\n")

@@ -74,7 +74,6 @@ def _phase_counts(counters: PhaseCounters) -> PhaseCounts:
     return PhaseCounts(
         hits=counters.hits,
         misses=counters.misses,
-        late_prefetches=0,
         steps=counters.steps,
         tokens=counters.tokens,
         stall_s=counters.stall_s,

@@ -148,7 +148,10 @@ class EngineStarter:
         engine.submit(EngineRequest(_PROBE_ID, _PROBE_PROMPT, 1, Sampling(), frozenset()), events.put)
         token_id: int | None = None
         while True:
-            event = events.get(timeout=_PROBE_DEADLINE_S)
+            try:
+                event = events.get(timeout=_PROBE_DEADLINE_S)
+            except queue.Empty:
+                return f"it gave no token within {_PROBE_DEADLINE_S:g} s"
             if isinstance(event, TokenDrawn):
                 token_id = event.token.token_id
             elif isinstance(event, RequestFailed):

@@ -73,7 +73,6 @@ class PhaseCounts:
 
     hits: int
     misses: int
-    late_prefetches: int
     steps: int
     tokens: int
     stall_s: float

@@ -294,7 +294,6 @@ def _encode_phase(counts: PhaseCounts) -> inference_pb2.PhaseStats:
     return inference_pb2.PhaseStats(
         hits=counts.hits,
         misses=counts.misses,
-        late_prefetches=counts.late_prefetches,
         steps=counts.steps,
         tokens=counts.tokens,
         stall_s=counts.stall_s,

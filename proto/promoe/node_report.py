@@ -128,7 +128,6 @@ class PhaseStats:
 
     hits: int
     misses: int
-    late_prefetches: int
     steps: int
     tokens: int
     stall_s: float

@@ -50,12 +50,3 @@ def check_schema(peer: model_pb2.ServiceInfo, peer_name: str) -> None:
             f"{peer_name} speaks schema {peer.schema_version or 'unknown'} (promoe {peer.version or 'unknown'}); "
             f"this process speaks {SCHEMA_VERSION}. Upgrade the older one."
         )
-
-
-def check_fingerprint(ours: ModelSpec, theirs: model_pb2.ModelSpec, peer_name: str) -> None:
-    """Raises ModelMismatch, showing both sides, when the peer serves another model."""
-    if ours.fingerprint != theirs.fingerprint:
-        raise ModelMismatch(
-            f"This process was started for {ours.name} ({ours.family}, fingerprint {ours.fingerprint}), "
-            f"but {peer_name} has {theirs.name} ({theirs.family}, fingerprint {theirs.fingerprint})."
-        )

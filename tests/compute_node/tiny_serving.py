@@ -222,8 +222,8 @@ class FixedReport:
     )
     link = StoreLinkReport(endpoint="unix:/run/store", attached=True, arena_uuid="a1", arena_kind="memfd")
     counts = CacheCounts(
-        prefill=PhaseCounts(1, 2, 3, 4, 5, 0.5, 6),
-        decode=PhaseCounts(7, 8, 9, 10, 11, 1.5, 12),
+        prefill=PhaseCounts(1, 2, 3, 4, 0.5, 5),
+        decode=PhaseCounts(7, 8, 9, 10, 1.5, 11),
         layers=(LayerCounts(0, 3, 0, 8, 10, 5), LayerCounts(1, 2, 1, 0, 0, 0)),
         uploaded_nbytes=18,
         link_busy_s=0.25,

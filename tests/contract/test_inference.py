@@ -181,8 +181,8 @@ def test_the_expert_caches_counters_are_passed_on(node: Node) -> None:
         return await server.stub.CacheStats(inference_pb2.CacheStatsRequest())
 
     stats = node.run(scenario)
-    assert (stats.prefill.hits, stats.prefill.misses, stats.prefill.late_prefetches) == (1, 2, 3)
-    assert (stats.decode.steps, stats.decode.tokens, stats.decode.demand_bytes) == (10, 11, 12)
+    assert (stats.prefill.hits, stats.prefill.misses, stats.prefill.steps) == (1, 2, 3)
+    assert (stats.decode.steps, stats.decode.tokens, stats.decode.demand_bytes) == (9, 10, 11)
     assert [(layer.layer, layer.resident, layer.loading) for layer in stats.layers] == [(0, 3, 0), (1, 2, 1)]
     assert (stats.uploaded_bytes, stats.link_busy_s) == (18, 0.25)
     assert (stats.running_requests, stats.queued_requests) == (0, 0)

@@ -141,7 +141,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self._maybe_fail()
         return inference_pb2.CacheStatsResponse(
             prefill=inference_pb2.PhaseStats(hits=1, misses=3, steps=1, tokens=9, stall_s=0.5, demand_bytes=3 << 20),
-            decode=inference_pb2.PhaseStats(hits=30, misses=10, late_prefetches=2, steps=20, tokens=20),
+            decode=inference_pb2.PhaseStats(hits=30, misses=10, steps=20, tokens=20),
             layers=[inference_pb2.LayerStats(layer=0, resident=4, hits=31, misses=13, evictions=9)],
             uploaded_bytes=13 << 20,
             link_busy_s=1.5,

@@ -315,7 +315,7 @@ def test_the_async_client_does_the_same() -> None:
             assert answer.usage is not None
             assert (answer.text, answer.usage.output_tokens) == ("Hello", 2)
             assert (await client.info()).model.family == "mixtral"
-            assert (await client.cache_stats()).decode.late_prefetches == 2
+            assert (await client.cache_stats()).decode.steps == 20
             assert await client.detokenize(await client.tokenize("hi")) == "hi"
             servicer.scripts = [(InvalidInput("temperature is -1."),)]
             with pytest.raises(InvalidInput, match="temperature is -1"):

@@ -840,15 +840,12 @@ class PhaseStats(_message.Message):
 
     HITS_FIELD_NUMBER: _builtins.int
     MISSES_FIELD_NUMBER: _builtins.int
-    LATE_PREFETCHES_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     STALL_S_FIELD_NUMBER: _builtins.int
     DEMAND_BYTES_FIELD_NUMBER: _builtins.int
     hits: _builtins.int
     misses: _builtins.int
-    late_prefetches: _builtins.int
-    """Misses whose load was already under way; part of `misses`."""
     steps: _builtins.int
     tokens: _builtins.int
     stall_s: _builtins.float
@@ -858,7 +855,6 @@ class PhaseStats(_message.Message):
         *,
         hits: _builtins.int = ...,
         misses: _builtins.int = ...,
-        late_prefetches: _builtins.int = ...,
         steps: _builtins.int = ...,
         tokens: _builtins.int = ...,
         stall_s: _builtins.float = ...,
@@ -866,7 +862,7 @@ class PhaseStats(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_bytes", b"demand_bytes", "hits", b"hits", "late_prefetches", b"late_prefetches", "misses", b"misses", "stall_s", b"stall_s", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_bytes", b"demand_bytes", "hits", b"hits", "misses", b"misses", "stall_s", b"stall_s", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
