@@ -55,11 +55,13 @@ class StepRecorder:
         ledger: which request owns which row.
         metrics: Prometheus counters.
         take_compute_stall_s: seconds that compute itself waited since the last call, from the device.
+        is_counting: false until `begin`.
     """
 
     ledger: StepLedger
     metrics: CacheMetrics
     take_compute_stall_s: Callable[[], float]
+    is_counting: bool = False
     phases: dict[Phase, PhaseCounters] = field(default_factory=lambda: {phase: PhaseCounters() for phase in Phase})
 
     def _count_step(self, spans: tuple[TokenSpan, ...]) -> None:
@@ -68,9 +70,9 @@ class StepRecorder:
             counters.tokens += tokens
             counters.steps += 1 if tokens else 0
 
-    def restart(self) -> None:
-        """Forgets what start-up did (trying the engine), so that the counters are the users'."""
-        self.phases = {phase: PhaseCounters() for phase in Phase}
+    def begin(self) -> None:
+        """Counts from here: what start-up did (trying the engine) is nobody's use."""
+        self.is_counting = True
 
     def record_layer(self, acquisition: Acquisition, ids_TK: np.ndarray) -> None:
         """Attributes one layer's hits, misses, bytes and stall.
@@ -80,7 +82,7 @@ class StepRecorder:
         """
         acquisition.stall_s += self.take_compute_stall_s()
         spans = self.ledger.spans
-        if not spans:
+        if not spans or not self.is_counting:
             return
         if acquisition.layer == 0:
             self._count_step(spans)

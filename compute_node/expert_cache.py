@@ -217,8 +217,12 @@ class ExpertCache:
             with self.acquire(layer, experts) as acquisition:
                 for _ in self.arrivals(acquisition):
                     pass
-            self.counters[layer] = LayerCounters()
+        self.restart_counters()
         self._device.synchronize()
+
+    def restart_counters(self) -> None:
+        """Forgets what was counted, not what is held."""
+        self.counters = [LayerCounters() for _ in self.counters]
 
     def occupancy(self, layer: int) -> LayerOccupancy:
         """What the layer's slots hold now."""
@@ -230,12 +234,14 @@ class ExpertCache:
         """Forgets the expert; returns when no copy reads its blob and no slot made from it will be computed with."""
         with self._lock:
             slot = self._slot_of[expert.layer].get(expert.expert)
-            if slot is None:
-                return
-            slot.doomed = True
-            self._lock.wait_for(lambda: slot.pins == 0 and slot.state is not SlotState.LOADING)
-            if slot.doomed and slot.state is SlotState.READY:
-                self._forget(expert.layer, slot)
+            if slot is not None:
+                slot.doomed = True
+                self._lock.wait_for(lambda: slot.pins == 0 and slot.state is not SlotState.LOADING)
+                if slot.doomed and slot.state is SlotState.READY:
+                    self._forget(expert.layer, slot)
+        # A slot is READY, or even another expert's, as soon as compute was told to wait for the copy: the copy itself
+        # may be under way.
+        self._device.synchronize()
 
     def blob_published(self, expert: ExpertId) -> None:
         """Nothing to do: the next miss finds the blob."""

@@ -31,7 +31,7 @@ from compute_node.node_report import DeviceReport, NodeIdentity
 from compute_node.prompt import PromptCodec, PromptLimits
 from compute_node.request_metrics import RequestMetrics
 from compute_node.service import InferenceService
-from compute_node.step_ledger import StepLedger
+from compute_node.step_ledger import Phase, StepLedger
 from compute_node.store_client import AttachProgress, StoreClient, StoreState
 from promoe import telemetry
 from promoe.errors import AlreadyRunning
@@ -103,14 +103,17 @@ class ComputeNode:
             self.has_died = True
             loop.call_soon_threadsafe(on_death)
 
+        def observe_step(phase: Phase, elapsed_s: float) -> None:
+            if recorder.is_counting:
+                metrics.observe_step(phase, elapsed_s)
+
         limits = BatchLimits(plan.num_kv_blocks, config.max_batch_tokens, config.max_concurrent_requests)
-        starter = EngineStarter(
-            loaded.model, ledger, EnginePlan(limits, plan.max_context_tokens), metrics.observe_step, died
-        )
+        starter = EngineStarter(loaded.model, ledger, EnginePlan(limits, plan.max_context_tokens), observe_step, died)
         engine, engine_reason = starter.start(config.engine)
         self._closers.callback(engine.stop)
         logger.info("Engine: %s. %s", engine.kind.value, engine_reason)
-        recorder.restart()
+        recorder.begin()
+        path.expert_cache.restart_counters()
         report = CacheReport(config, plan, path.expert_cache, path.transfers, recorder, store)
         self._publish_metrics(report)
         identity = NodeIdentity(

@@ -106,6 +106,7 @@ def open_stack(arena: PlainArena, num_layers: int, options: StackOptions) -> Ite
     slots_SB = device.allocate_slots(num_layers * options.slots_per_layer, arena.layout.blob_stride_nbytes)
     ledger = StepLedger()
     recorder = StepRecorder(ledger, CacheMetrics.register(CollectorRegistry()), device.take_compute_stall_s)
+    recorder.begin()
     policy = CachePolicy(eviction_named(options.eviction), options.serial)
     with TransferEngine(device.open_link, options.chunk_nbytes, options.max_chunks_in_flight) as transfers:
         expert_cache = ExpertCache(slots_SB, geometry, device, transfers, arena.address, policy)
