@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Final
-from uuid import uuid4
 
 import torch
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
@@ -117,7 +116,11 @@ class ComputeNode:
         report = CacheReport(config, plan, path.expert_cache, path.transfers, recorder, store)
         self._publish_metrics(report)
         identity = NodeIdentity(
-            uuid4().hex, self.spec, engine.kind, engine_reason, _device_report(chosen, path, config.link_bytes_per_s)
+            store.instance_id,
+            self.spec,
+            engine.kind,
+            engine_reason,
+            _device_report(chosen, path, config.link_bytes_per_s),
         )
         return self._build_service(loaded, engine, plan, metrics, identity, report)
 
