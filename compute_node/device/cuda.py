@@ -1,26 +1,21 @@
 """One CUDA GPU: registered arena, a copy stream, events; the host never spins.
 
-The arena is registered with the driver API (`cuMemHostRegister`), whose errors, unlike the runtime's, do not stick
-to the thread. Where the driver refuses, copies go through a small pinned bounce ring.
-Sources: CUDA driver API, memory management; torch.cuda streams and events.
+The arena is registered with the driver. Where the driver refuses, copies go through a small pinned bounce ring.
+Source: torch.cuda streams and events.
 """
 
 import ctypes
 import logging
 from collections import deque
-from importlib import import_module
-from types import ModuleType
 from typing import Final, cast
 
 import torch
 
+from compute_node.device.cuda_driver import CudaDriver, RegisteredRanges
 from compute_node.device.seam import CopyTicket, DeviceMemory
 from promoe.errors import InsufficientMemory, Unavailable
 
 logger = logging.getLogger(__name__)
-
-REGISTER_PORTABLE_AND_MAPPED: Final = 3
-"""CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP."""
 
 BOUNCE_BUFFERS: Final = 4
 BOUNCE_NBYTES: Final = 8 << 20
@@ -72,42 +67,42 @@ class EventTicket:
 
 
 class CudaPinning:
-    """Registers the arena's chunks in this process; each compute node does so for itself."""
+    """Registers the arena's chunks in this process; each compute node does so for itself.
 
-    def __init__(self, device_index: int) -> None:
-        self._driver: ModuleType = import_module("cuda.bindings.driver")
+    Attributes:
+        ranges: what the copy engine may read at the link's full rate; anything else goes through the bounce ring.
+        refused: the driver refused a chunk, so that no further one is tried.
+    """
+
+    def __init__(self, driver: CudaDriver, device_index: int) -> None:
+        self._driver = driver
         self._device_index = device_index
-        self.registered: dict[int, int] = {}
+        self.ranges = RegisteredRanges()
         self.refused = False
 
     def register(self, address: int, nbytes: int) -> None:
-        """Pins one chunk, or remembers that the driver refuses (copies then use the bounce ring)."""
+        """Pins one chunk, or remembers that the driver refuses; what is registered already stays so."""
         if self.refused:
             return
-        # torch owns the primary context; any allocation makes it current in this thread.
-        torch.cuda.set_device(self._device_index)
-        torch.empty(1, device=torch.device("cuda", self._device_index))
-        (error,) = self._driver.cuMemHostRegister(address, nbytes, REGISTER_PORTABLE_AND_MAPPED)
-        if int(error) != 0:
+        self._driver.enter_thread()
+        try:
+            self._driver.register(address, nbytes)
+        except Unavailable as error:
             logger.warning(
-                "The driver refuses to register %d bytes of the arena (%s); copies go through a pinned ring at about "
-                "half the link's rate.",
+                "%d bytes of the arena cannot be registered (%s); copies of what is not go through a pinned ring at "
+                "about half the link's rate.",
                 nbytes,
                 error,
             )
             self.refused = True
-            for registered_address in tuple(self.registered):
-                self.unregister(registered_address)
             return
-        self.registered[address] = nbytes
+        self.ranges.add(address, nbytes)
 
     def unregister(self, address: int) -> None:
         """Undoes `register`; ranges that were never registered are none of the driver's business."""
-        if self.registered.pop(address, None) is None:
-            return
-        (error,) = self._driver.cuMemHostUnregister(address)
-        if int(error) != 0:
-            raise Unavailable(f"The driver did not give the arena back: {error}.")
+        if self.ranges.remove(address):
+            self._driver.enter_thread()
+            self._driver.unregister(address)
 
     def drain(self) -> None:
         """No copy is under way after this."""
@@ -117,9 +112,10 @@ class CudaPinning:
 class CudaLink:
     """Host to device on one copy stream; used by the transfer thread only."""
 
-    def __init__(self, device_index: int, pinning: CudaPinning, stalls: StallMeter) -> None:
+    def __init__(self, device_index: int, driver: CudaDriver, pinning: CudaPinning, stalls: StallMeter) -> None:
         torch.cuda.set_device(device_index)
-        self._runtime: ModuleType = import_module("cuda.bindings.runtime")
+        driver.enter_thread()
+        self._driver = driver
         self._stream = torch.cuda.Stream(device_index)
         self._stalls = stalls
         self._pinning = pinning
@@ -127,7 +123,7 @@ class CudaLink:
 
     @property
     def description(self) -> str:
-        """`registered`, or `bounce` when the driver refused the arena."""
+        """`registered`, or `bounce` when the driver refused (a part of) the arena."""
         return "bounce" if self._pinning.refused else "registered"
 
     def order_after(self, compute: CopyTicket) -> None:
@@ -136,17 +132,12 @@ class CudaLink:
 
     def copy(self, destination_address: int, source_address: int, nbytes: int) -> CopyTicket:
         """Queues the copy and an event behind it."""
-        if self._pinning.refused:
+        if not self._pinning.ranges.covers(source_address, nbytes):
             return self._copy_through_ring(destination_address, source_address, nbytes)
         return EventTicket(self._start(destination_address, source_address, nbytes), self._stalls)
 
     def _start(self, destination_address: int, source_address: int, nbytes: int) -> torch.cuda.Event:
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        (error,) = self._runtime.cudaMemcpyAsync(
-            destination_address, source_address, nbytes, kind, self._stream.cuda_stream
-        )
-        if int(error) != 0:
-            raise Unavailable(f"Copying an expert to the GPU failed: {error}.")
+        self._driver.copy_to_device(destination_address, source_address, nbytes, self._stream.cuda_stream)
         # A blocking event: a host thread that waits for it sleeps.
         event = torch.cuda.Event(blocking=True)
         event.record(self._stream)
@@ -186,7 +177,8 @@ class CudaDevice:
         self._stalls = StallMeter()
         self.torch_device = torch.device("cuda", device_index)
         self.name = torch.cuda.get_device_name(device_index)
-        self.pinning = CudaPinning(device_index)
+        self._driver = CudaDriver(device_index)
+        self.pinning = CudaPinning(self._driver, device_index)
 
     def memory(self) -> DeviceMemory:
         """As the driver reports it, plus what torch's allocator holds unused."""
@@ -207,7 +199,7 @@ class CudaDevice:
 
     def open_link(self) -> CudaLink:
         """A link with a copy stream of its own."""
-        return CudaLink(self._device_index, self.pinning, self._stalls)
+        return CudaLink(self._device_index, self._driver, self.pinning, self._stalls)
 
     def mark_compute(self) -> CopyTicket:
         """An event on the stream that computes."""
