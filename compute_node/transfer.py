@@ -93,7 +93,7 @@ class TransferEngine:
         self._thread.start()
 
     def close(self) -> None:
-        """Drops what is queued, finishes the chunk under way and ends the thread."""
+        """Drops what is queued and ends the thread; no copy is under way after this."""
         with self._condition:
             self._closing = True
             self._condition.notify_all()
@@ -161,6 +161,9 @@ class TransferEngine:
                 self._link = link
                 self._condition.notify_all()
             self._serve(link)
+            # Memory at either end may be freed as soon as the thread is gone.
+            for ticket in self._in_flight:
+                ticket.wait_on_host()
         finally:
             # Whatever ended the thread, nobody waits for it any longer.
             with self._condition:

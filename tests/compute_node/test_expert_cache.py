@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compute_node.device.cpu import CpuDevice
 from compute_node.eviction import EVICTIONS, SlotHistory, eviction_named, lfu, lru
 from compute_node.expert_cache import LayerOccupancy
 from promoe.errors import Unavailable
@@ -156,6 +157,24 @@ def test_a_retired_blob_is_forgotten() -> None:
         opened.arena.write(ExpertId(0, 1), tensors)
         opened.expert_cache.blob_published(ExpertId(0, 1))
         assert use(opened, 0, [1, 2])[0] == (2,), "the new bytes are loaded, the neighbour stays"
+
+
+class CountingDevice(CpuDevice):
+    """Counts how often everything under way was awaited."""
+
+    num_synchronized = 0
+
+    def synchronize(self) -> None:
+        self.num_synchronized += 1
+
+
+@pytest.mark.parametrize("expert", [1, 5], ids=["resident", "evicted"])
+def test_retirement_waits_for_copies_that_only_compute_was_told_to_wait_for(expert: int) -> None:
+    device = CountingDevice()
+    with stack(3, device=device) as opened:
+        use(opened, 0, [1, 2])
+        opened.expert_cache.blob_retired(ExpertId(0, expert))
+        assert device.num_synchronized == 1
 
 
 def test_retirement_waits_for_the_layer_that_computes_with_the_blob() -> None:

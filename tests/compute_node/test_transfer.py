@@ -2,7 +2,8 @@
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -23,11 +24,13 @@ class HeldTicket:
     """A copy that arrives when the test says so."""
 
     arrived: threading.Event = field(default_factory=threading.Event)
+    awaited: threading.Event = field(default_factory=threading.Event)
 
     def is_done(self) -> bool:
         return self.arrived.is_set()
 
     def wait_on_host(self) -> None:
+        self.awaited.set()
         assert self.arrived.wait(DEADLINE_S), "the test lets every copy arrive"
 
     def wait_on_compute(self) -> None:
@@ -42,6 +45,7 @@ class RecordingLink:
     def __init__(self) -> None:
         self.copies: list[tuple[int, int, int]] = []
         self.tickets: list[HeldTicket] = []
+        self.is_held = True
         self.ordered_after: list[CopyTicket] = []
         self.changed = threading.Condition()
 
@@ -51,10 +55,19 @@ class RecordingLink:
     def copy(self, destination_address: int, source_address: int, nbytes: int) -> CopyTicket:
         ticket = HeldTicket()
         with self.changed:
+            if not self.is_held:
+                ticket.arrived.set()
             self.copies.append((destination_address, source_address, nbytes))
             self.tickets.append(ticket)
             self.changed.notify_all()
         return ticket
+
+    def let_go(self) -> None:
+        """Every copy arrives, the coming ones at once."""
+        with self.changed:
+            self.is_held = False
+            for ticket in self.tickets:
+                ticket.arrived.set()
 
     def wait_for_copies(self, count: int) -> None:
         with self.changed:
@@ -81,13 +94,23 @@ def engine(link: Link, chunk_nbytes: int = 100, max_chunks_in_flight: int = 2) -
     return TransferEngine(lambda: link, chunk_nbytes, max_chunks_in_flight)
 
 
+@contextmanager
+def held_engine(link: RecordingLink, max_chunks_in_flight: int = 2) -> Iterator[TransferEngine]:
+    """Copies arrive when the test says so, and at its end."""
+    with engine(link, max_chunks_in_flight=max_chunks_in_flight) as transfers:
+        try:
+            yield transfers
+        finally:
+            link.let_go()
+
+
 def load(number: int, nbytes: int, after: CopyTicket = DONE) -> Load:
     return Load(ExpertId(0, number), 10_000 * number, 1_000_000 + 10_000 * number, nbytes, after)
 
 
 def test_a_load_is_cut_into_chunks_that_cover_it_once() -> None:
     link = RecordingLink()
-    with engine(link, chunk_nbytes=100, max_chunks_in_flight=9) as transfers:
+    with held_engine(link, max_chunks_in_flight=9) as transfers:
         asked = load(1, 250)
         transfers.submit([asked])
         assert transfers.next_issued([asked]) is asked
@@ -98,7 +121,7 @@ def test_a_load_is_cut_into_chunks_that_cover_it_once() -> None:
 
 def test_no_more_than_the_allowed_chunks_are_in_flight() -> None:
     link = RecordingLink()
-    with engine(link, max_chunks_in_flight=2) as transfers:
+    with held_engine(link, max_chunks_in_flight=2) as transfers:
         asked = load(1, 500)
         transfers.submit([asked])
         for arrived in range(3):
@@ -111,7 +134,7 @@ def test_no_more_than_the_allowed_chunks_are_in_flight() -> None:
 
 def test_loads_are_served_in_the_order_they_were_asked_for() -> None:
     link = RecordingLink()
-    with engine(link, max_chunks_in_flight=9) as transfers:
+    with held_engine(link, max_chunks_in_flight=9) as transfers:
         first, second, third = (load(number, 100) for number in (3, 1, 2))
         transfers.submit([first, second])
         transfers.submit([third])
@@ -123,7 +146,7 @@ def test_loads_are_served_in_the_order_they_were_asked_for() -> None:
 def test_a_slot_is_overwritten_only_behind_the_compute_that_reads_it() -> None:
     link = RecordingLink()
     reading = HeldTicket()
-    with engine(link) as transfers:
+    with held_engine(link) as transfers:
         asked, free = load(1, 10, after=reading), load(2, 10)
         transfers.submit([asked, free])
         transfers.next_issued([free])
@@ -142,7 +165,7 @@ def test_a_failed_load_says_why_and_the_next_one_is_served() -> None:
 
 def test_a_cancelled_load_is_never_copied() -> None:
     link = RecordingLink()
-    with engine(link, max_chunks_in_flight=1) as transfers:
+    with held_engine(link, max_chunks_in_flight=1) as transfers:
         running, queued, last = load(1, 200), load(2, 100), load(3, 100)
         transfers.submit([running, queued, last])
         link.wait_for_copies(1)
@@ -153,6 +176,21 @@ def test_a_cancelled_load_is_never_copied() -> None:
         transfers.next_issued([last])
         assert 20_000 not in [source for _, source, _ in link.copies]
         assert queued.state is LoadState.QUEUED
+
+
+def test_after_close_no_copy_is_under_way() -> None:
+    link = RecordingLink()
+    transfers = engine(link)
+    transfers.start()
+    transfers.submit([Load(ExpertId(0, 0), 1000, 2000, 100)])
+    link.wait_for_copies(1)
+    closer = threading.Thread(target=transfers.close)
+    closer.start()
+    assert link.tickets[0].awaited.wait(DEADLINE_S), "the memory of a copy under way is not given back"
+    assert closer.is_alive()
+    link.tickets[0].arrived.set()
+    closer.join(DEADLINE_S)
+    assert not closer.is_alive()
 
 
 def test_close_wakes_who_waits() -> None:
