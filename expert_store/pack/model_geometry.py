@@ -22,13 +22,13 @@ _EXPERTS_PER_TOKEN: Final = (
 _MAX_CONTEXT_TOKENS: Final = ("max_position_embeddings", "max_seq_len", "seq_length", "max_sequence_length")
 
 
-def model_spec(name: str, family: str, fingerprint: str, model: MetaModel, layout: ExpertLayout) -> ModelSpec:
-    """The model's geometry; raises ModelUnsupported if the config lacks one of its numbers."""
+def model_spec(name: str, family: str, model: MetaModel, layout: ExpertLayout) -> ModelSpec:
+    """The model's geometry, its fingerprint still empty; raises ModelUnsupported if the config lacks a number."""
     text = model.config.get_text_config()
     return ModelSpec(
         name=name,
         family=family,
-        fingerprint=fingerprint,
+        fingerprint="",
         num_moe_layers=len(model.experts),
         num_experts=model.experts[0].num_experts,
         experts_per_token=_number(text, _EXPERTS_PER_TOKEN),

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Semaphore
 from typing import Final
@@ -26,7 +26,7 @@ from expert_store.pack.model_source import find_checkpoint
 from expert_store.pack.progress import NoProgress, PackProgress
 from expert_store.pack.verify import damaged_experts, damaged_files
 from promoe.errors import InvalidInput, PackDamaged, ResourceExhausted
-from promoe.model_spec import Dtype, ExpertLayout
+from promoe.model_spec import Dtype, ModelSpec
 from promoe.pack_manifest import MANIFEST_FILE, PACK_VERSION, PackManifest
 
 _PIECES_IN_FLIGHT: Final = 2
@@ -63,9 +63,8 @@ def pack_checkpoint(
     meta = MetaModel(config, dtype or packed_dtype(config, checkpoint))
     if not meta.experts:
         raise no_experts(checkpoint.name, checkpoint.config)
-    packing = _Packing(
-        checkpoint, meta, meta.plan(checkpoint.tensors), meta.layout(), Path(pack_dir), progress or NoProgress()
-    )
+    spec = model_spec(checkpoint.name, str(checkpoint.config["model_type"]), meta, meta.layout())
+    packing = _Packing(checkpoint, meta, meta.plan(checkpoint.tensors), spec, Path(pack_dir), progress or NoProgress())
     with locked_pack_folder(packing.pack_dir), _full_disk_is_a_sentence(packing.pack_dir), _one_torch_thread():
         return packing.run()
 
@@ -77,7 +76,7 @@ class _Packing:
     checkpoint: Checkpoint
     model: MetaModel
     plan: ConversionPlan
-    layout: ExpertLayout
+    spec: ModelSpec
     pack_dir: Path
     progress: PackProgress
 
@@ -87,12 +86,12 @@ class _Packing:
 
     @property
     def layer_nbytes(self) -> int:
-        return self.model.experts[0].num_experts * self.layout.blob_stride_nbytes
+        return self.spec.num_experts * self.spec.layout.blob_stride_nbytes
 
     @property
     def layer_weights_nbytes(self) -> int:
         """Without what lies between tensors and blobs."""
-        return self.model.experts[0].num_experts * sum(slot.nbytes for slot in self.layout.tensors)
+        return self.spec.num_experts * sum(slot.nbytes for slot in self.spec.layout.tensors)
 
     @property
     def dense_nbytes(self) -> int:
@@ -104,7 +103,7 @@ class _Packing:
         dense = journal.dense_checksums()
         if dense is not None and damaged_files(self.pack_dir, dense):
             dense = None
-        missing = [layer for layer in range(len(self.model.experts)) if layer not in finished]
+        missing = [layer for layer in range(self.spec.num_moe_layers) if layer not in finished]
         dense_todo_nbytes = 0 if dense is not None else self.dense_nbytes
         self._refuse_small_disk(dense_todo_nbytes + len(missing) * self.layer_nbytes)
         if self.plan.ignored:
@@ -152,12 +151,12 @@ class _Packing:
 
     def _sound_layers(self, journal: PackJournal) -> dict[int, tuple[str, ...]]:
         """Checksums of the layers that an earlier call finished and whose bytes are still those."""
-        claimed = {layer: journal.layer_checksums(layer) for layer in range(len(self.model.experts))}
+        claimed = {layer: journal.layer_checksums(layer) for layer in range(self.spec.num_moe_layers)}
         claims = {layer: sums for layer, sums in claimed.items() if sums is not None}
         if not claims:
             return {}
         self.progress.begin("Checking what is already packed", len(claims) * self.layer_nbytes, len(claims))
-        damaged = damaged_experts(self.pack_dir, self.layout, claims, self.progress)
+        damaged = damaged_experts(self.pack_dir, self.spec.layout, claims, self.progress)
         bad_layers = {expert.layer for expert in damaged}
         return {layer: sums for layer, sums in claims.items() if layer not in bad_layers}
 
@@ -183,7 +182,7 @@ class _Packing:
             syncing = stack.enter_context(ThreadPoolExecutor(1, "pack-sync"))
             writing = stack.enter_context(ThreadPoolExecutor(1, "pack-write"))
             for layer in layers:
-                writer = LayerFileWriter(self.pack_dir, layer, self.layout, self.model.experts[layer].num_experts)
+                writer = LayerFileWriter(self.pack_dir, layer, self.spec.layout, self.spec.num_experts)
                 stack.callback(writer.abandon)
                 puts: list[Future[None]] = []
                 for first_expert, converted in self.model.convert_layer(self.plan.layers[layer], read):
@@ -213,11 +212,9 @@ class _Packing:
         return checksums
 
     def _manifest(self, checksums: dict[int, tuple[str, ...]], dense: dict[str, str]) -> PackManifest:
-        blobs = tuple(checksums[layer] for layer in range(len(self.model.experts)))
-        fingerprint = self._fingerprint(blobs, dense)
-        family = str(self.checkpoint.config["model_type"])
+        blobs = tuple(checksums[layer] for layer in range(self.spec.num_moe_layers))
         return PackManifest(
-            spec=model_spec(self.checkpoint.name, family, fingerprint, self.model, self.layout),
+            spec=replace(self.spec, fingerprint=self._fingerprint(blobs, dense)),
             blob_checksums=blobs,
             layer_modules=tuple(module.name for module in self.model.experts),
             dense_checksums=dense,
