@@ -126,12 +126,14 @@ class BatchLoop(ContinuousBatchingManager):
         for request_id in self._requests.take_cancelled():
             # Transformers frees its blocks when it prepares the next step, which is what comes next.
             self.cancel_request(request_id)
+            _admit_waiting(batch_processor)
         try:
             return bool(super()._generation_loop_body(batch_processor, bootstrapping))
         except STEP_FAILURES as error:
             # The forward pass raised, so no block of this step was marked complete: none of it can be shared.
             self._requests.fail_step(_rows_of(batch_processor), step_failure(error))
             batch_processor.handle_batch_error(error)
+            _admit_waiting(batch_processor)
             return True
 
     def _generation_step(self) -> None:
@@ -149,6 +151,12 @@ class BatchLoop(ContinuousBatchingManager):
             super()._run_generation_loop()
         finally:
             self._on_end()
+
+
+def _admit_waiting(batch_processor: ContinuousBatchProcessor) -> None:
+    """Transformers lets nobody in between taking KV blocks from a request and the next *finish*: it does not count
+    requests that leave otherwise, and would wait for ever when the last one did."""
+    batch_processor.scheduler.block_new_requests = False
 
 
 def _rows_of(batch_processor: ContinuousBatchProcessor) -> list[FutureRequestState]:

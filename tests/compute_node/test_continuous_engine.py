@@ -65,6 +65,21 @@ def test_requests_that_lose_their_kv_blocks_give_the_same_answer(model: PreTrain
     assert sum(ledger.prefill_of(f"r{i}") for i in range(4)) > sum(map(len, prompts)), "nobody lost blocks"
 
 
+def test_requests_that_lost_their_kv_blocks_go_on_when_those_who_took_them_leave(model: PreTrainedModel) -> None:
+    prompts = [[10 + index, *LONG_PROMPT[:29]] for index in range(4)]
+    limits = BatchLimits(6, 64, 4, share_prefixes=False)
+    expected = [greedy_oracle(model, prompt, 60) for prompt in prompts]
+    with continuous_engine(model, limits) as engine:
+        logs = [submit(engine, engine_request(f"r{i}", prompts[i], 60)) for i in range(4)]
+        # The newest request is the one that gives its blocks up, when everybody needs a second one.
+        for _ in range(KV_BLOCK_TOKENS + 2):
+            logs[0].until_token()
+        for i in range(3):
+            engine.cancel(f"r{i}")
+        assert logs[3].token_ids() == expected[3]
+        assert submit(engine, engine_request("next", prompts[1], 60)).token_ids() == expected[1]
+
+
 def test_rows_are_their_requests_own_when_others_are_in_the_middle_of_their_prefill(model: PreTrainedModel) -> None:
     # A step holds 20 tokens: the long prompt's pieces share steps with the sampled requests' rows.
     limits = BatchLimits(64, 20, 8)
