@@ -19,6 +19,9 @@ from transformers.generation.logits_process import (
 
 from promoe.errors import InternalError
 
+# Logits divided by less than these could leave float32's range: one request's numbers would fail the whole step.
+MIN_TEMPERATURE: Final = 1e-5
+MIN_REPETITION_PENALTY: Final = 0.01
 MAX_TEMPERATURE: Final = 5.0
 MAX_REPETITION_PENALTY: Final = 5.0
 MAX_TOP_LOGPROBS: Final = 20
@@ -51,15 +54,18 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= MAX_TEMPERATURE:
             raise ValueError(f"temperature is {self.temperature}; allowed: 0 to {MAX_TEMPERATURE}")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(f"temperature is {self.temperature}; allowed: 0 (greedy), or {MIN_TEMPERATURE:g} and more")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; allowed: 1 or more, or absent for all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; allowed: above 0, up to 1")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is {self.seed}; allowed: 0 to {MAX_SEED}")
-        if not 0 < self.repetition_penalty <= MAX_REPETITION_PENALTY:
+        if not MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY:
             raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty}; allowed: above 0, up to {MAX_REPETITION_PENALTY}"
+                f"repetition_penalty is {self.repetition_penalty}; allowed: {MIN_REPETITION_PENALTY} to "
+                f"{MAX_REPETITION_PENALTY}"
             )
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise ValueError(f"top_logprobs is {self.top_logprobs}; allowed: 0 to {MAX_TOP_LOGPROBS}")

@@ -111,6 +111,14 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
         RowSampler(Sampling(temperature=1.0), [0]).draw(torch.full((4,), math.nan))
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_smallest_values_that_are_allowed_keep_the_numbers_finite(top_p: float) -> None:
+    sampling = Sampling(temperature=1e-5, repetition_penalty=0.01, top_p=top_p)
+    logits_V = 1000 * logits_of(2)
+    best = int(processed_by_generate(sampling, [0, 1], logits_V.clone()).argmax())
+    assert RowSampler(sampling, [0, 1]).draw(logits_V).token_id == best
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -118,6 +126,7 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
         ("temperature", math.inf),
         ("temperature", -0.1),
         ("temperature", 5.1),
+        ("temperature", 9e-6),
         ("top_k", 0),
         ("top_p", 0.0),
         ("top_p", 1.1),
@@ -125,6 +134,7 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
         ("seed", -1),
         ("seed", 2**64),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 0.009),
         ("repetition_penalty", math.nan),
         ("repetition_penalty", 6.0),
         ("top_logprobs", 21),

@@ -405,7 +405,7 @@ class SamplingParams(_message.Message):
     max_tokens: _builtins.int
     """Tokens to generate at most; default: 512. Generation also ends when the context is full."""
     temperature: _builtins.float
-    """0 is greedy (the default); otherwise up to 5."""
+    """0 is greedy (the default); otherwise from 0.00001 to 5."""
     top_k: _builtins.int
     """Sample from the k most likely tokens only; default: all."""
     top_p: _builtins.float
@@ -413,7 +413,7 @@ class SamplingParams(_message.Message):
     seed: _builtins.int
     """Makes sampling repeatable; default: drawn by the server."""
     repetition_penalty: _builtins.float
-    """Divides (or multiplies) the logits of tokens seen before, in (0, 5]; default 1."""
+    """Divides (or multiplies) the logits of tokens seen before, in [0.01, 5]; default 1."""
     top_logprobs: _builtins.int
     """Return the log probability of each token and of this many alternatives (0: of the token only)."""
     ignore_eos: _builtins.bool
