@@ -178,12 +178,15 @@ class _Packing:
         """Three stages, each in one thread: convert (here), write with checksums, make durable."""
         room = Semaphore(_PIECES_IN_FLIGHT)
         finishing: list[tuple[int, Future[tuple[str, ...]]]] = []
-        with ExitStack() as stack:
-            syncing = stack.enter_context(ThreadPoolExecutor(1, "pack-sync"))
-            writing = stack.enter_context(ThreadPoolExecutor(1, "pack-write"))
+        # Left in the order of writing: both threads have ended before a file that they might write to is closed.
+        with (
+            ExitStack() as writers,
+            ThreadPoolExecutor(1, "pack-sync") as syncing,
+            ThreadPoolExecutor(1, "pack-write") as writing,
+        ):
             for layer in layers:
                 writer = LayerFileWriter(self.pack_dir, layer, self.spec.layout, self.spec.num_experts)
-                stack.callback(writer.abandon)
+                writers.callback(writer.abandon)
                 puts: list[Future[None]] = []
                 for first_expert, converted in self.model.convert_layer(self.plan.layers[layer], read):
                     room.acquire()
