@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from promoe.errors import AlreadyRunning, InvalidInput
-from promoe.pack_manifest import DENSE_FOLDER, MANIFEST_FILE, ROUTERS_FILE, PackManifest
+from promoe.pack_manifest import DENSE_FOLDER, EXPERTS_FOLDER, MANIFEST_FILE, ROUTERS_FILE, PackManifest
 
 WORK_FOLDER: Final = ".packing"
 LOCK_FILE: Final = ".lock"
@@ -66,7 +66,7 @@ class PackJournal:
         (self._pack_dir / MANIFEST_FILE).unlink()
 
     def _discard(self) -> None:
-        for folder in (self._folder, self._pack_dir / "experts", self._pack_dir / DENSE_FOLDER):
+        for folder in (self._folder, self._pack_dir / EXPERTS_FOLDER, self._pack_dir / DENSE_FOLDER):
             shutil.rmtree(folder, ignore_errors=True)
         (self._pack_dir / ROUTERS_FILE).unlink(missing_ok=True)
 
@@ -100,8 +100,7 @@ def locked_pack_folder(pack_dir: Path) -> Iterator[None]:
     """
     if pack_dir.exists() and not pack_dir.is_dir():
         raise InvalidInput(f"{pack_dir} is a file; give a folder for the pack.")
-    known = (WORK_FOLDER, LOCK_FILE, MANIFEST_FILE)
-    if pack_dir.is_dir() and any(pack_dir.iterdir()) and not any((pack_dir / name).exists() for name in known):
+    if pack_dir.is_dir() and not _is_free_or_ours({path.name for path in pack_dir.iterdir()}):
         raise InvalidInput(f"{pack_dir} is not empty and not a pack; give an empty or a new folder.")
     pack_dir.mkdir(parents=True, exist_ok=True)
     fd = os.open(pack_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -113,6 +112,11 @@ def locked_pack_folder(pack_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _is_free_or_ours(names: set[str]) -> bool:
+    """Whether a folder's content may be thrown away: other programs have manifests and lock files too."""
+    return names <= {LOCK_FILE} or WORK_FOLDER in names or {MANIFEST_FILE, EXPERTS_FOLDER} <= names
 
 
 def _layer_entry(layer: int) -> str:

@@ -25,6 +25,7 @@ from promoe.model_spec import Dtype, ExpertLayout, ModelSpec, TensorSlice
 PACK_VERSION: Final = 1
 MANIFEST_FILE: Final = "manifest.json"
 DENSE_FOLDER: Final = "dense"
+EXPERTS_FOLDER: Final = "experts"
 ROUTERS_FILE: Final = "routers.safetensors"
 
 
@@ -121,7 +122,7 @@ class PackManifest:
 
 def layer_file(pack_dir: Path, layer: int) -> Path:
     """The file with the blobs of one MoE layer."""
-    return pack_dir / "experts" / f"layer_{layer:05d}.bin"
+    return pack_dir / EXPERTS_FOLDER / f"layer_{layer:05d}.bin"
 
 
 def _checksum(document: dict[str, object]) -> str:

@@ -189,3 +189,14 @@ def test_folders_that_hold_something_else_are_left_alone(qwen: Path, tmp_path: P
     with pytest.raises(InvalidInput, match="not empty and not a pack"):
         pack_checkpoint(qwen, qwen)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", ".lock"])
+def test_another_program_s_files_are_not_taken_for_a_pack_s(qwen: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"short_name": "a web page"}')
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "letter.txt").write_text("dear")
+    with pytest.raises(InvalidInput, match="not empty and not a pack"):
+        pack_checkpoint(qwen, tmp_path)
+    assert (tmp_path / name).read_text() == '{"short_name": "a web page"}'
+    assert (tmp_path / "dense" / "letter.txt").read_text() == "dear"
