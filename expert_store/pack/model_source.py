@@ -24,7 +24,8 @@ _HTTP_ERROR: Final[type[BaseException]] = HfHubHTTPError.__mro__[1]
 """The HTTP library's own error: huggingface_hub 1 is built on httpx, 2 on httpx2."""
 
 _SMALL_FILES: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
-_WEIGHT_FILES: Final = ("model.safetensors", "model-*.safetensors")
+_WEIGHT_FILES: Final = ("model*.safetensors",)
+"""`model-00001-of-00002.safetensors`, but also `model.safetensors-00001-of-00002.safetensors`."""
 
 
 def find_checkpoint(model: str | Path) -> Checkpoint:

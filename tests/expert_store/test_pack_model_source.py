@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -76,6 +77,18 @@ def test_a_hub_model_is_found_with_its_small_files_first(tmp_path: Path, monkeyp
     assert [any("safetensors" in pattern for pattern in asked) for asked in hub.asked] == [False, True]
     assert not (tmp_path / "mirror" / "consolidated.safetensors").exists()
     assert (tmp_path / "mirror" / "tokenizer.json").is_file()
+
+
+def test_shards_may_be_numbered_behind_their_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny_checkpoint("mixtral", tmp_path / "source", torch.bfloat16, sharded=True)
+    for shard in source.glob("model-*-of-*.safetensors"):
+        shard.rename(source / f"model.safetensors-{shard.stem.removeprefix('model-')}.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(
+        re.sub(r'"model-([-0-9of]+)\.safetensors"', r'"model.safetensors-\1.safetensors"', index.read_text())
+    )
+    connect(monkeypatch, Hub(source, tmp_path / "mirror"))
+    assert len(find_checkpoint("owner/name").files) > 1
 
 
 def test_a_refused_config_spares_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
