@@ -220,13 +220,17 @@ class Admission:
         try:
             self._engine.submit(admitted.request, sink)
         except PromoeError as error:
-            on_event(RequestFailed(error))
+            self._take_out(admitted)
+            admitted.deliver(RequestFailed(error))
 
     def _left(self, admitted: AdmittedRequest, service_s: float) -> None:
-        admitted.move(_Place.GONE)
-        del self._running[admitted.request.request_id]
+        self._take_out(admitted)
         self._service_s += _SERVICE_SMOOTHING * (service_s - self._service_s)
         self._fill()
+
+    def _take_out(self, admitted: AdmittedRequest) -> None:
+        admitted.move(_Place.GONE)
+        del self._running[admitted.request.request_id]
 
     def _load_changed(self) -> None:
         self._metrics.observe_load(self.num_running, self.num_queued)

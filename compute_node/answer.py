@@ -208,14 +208,14 @@ class Answer:
             elif isinstance(event, RequestEnded):
                 if event.reason is EndReason.CANCELLED and stop_string is None:
                     return
+                if event.reason is EndReason.STOP_TOKEN and stop_string is None:
+                    self._clock.token(event.at_s)
                 rest = TextPiece("", stop_string) if stop_string is not None else self._text.flush()
                 if rest.text:
                     yield Delta(rest.text, None)
                 yield self._finish(event, rest.stop_string)
 
     def _finish(self, ended: RequestEnded, stop_string: str | None) -> Finish:
-        if ended.reason is EndReason.STOP_TOKEN:
-            self._clock.token(ended.at_s)
         usage = self._clock.usage(len(self.request.prompt_ids), ended.use)
         if stop_string is not None:
             return Finish(FinishReason.STOP_STRING, stop_string, None, usage)

@@ -170,8 +170,9 @@ def test_an_idle_node_drains_at_once() -> None:
 def test_who_waits_for_a_dead_engine_is_told() -> None:
     async def scenario() -> None:
         engine = HandEngine()
-        admission = new_admission(engine, max_concurrent=1)
-        admitted = [admission.admit(engine_request(f"r{i}", [1], 5)) for i in range(3)]
+        # More than the interpreter's stack would hold, if one refusal led to the next.
+        admission = new_admission(engine, max_concurrent=1, max_queued=1000)
+        admitted = [admission.admit(engine_request(f"r{i}", [1], 5)) for i in range(1001)]
         error = Unavailable("The engine died.")
         engine.refusal = error
         engine.fail("r0", error)

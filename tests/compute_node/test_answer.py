@@ -114,6 +114,18 @@ def test_a_stop_string_cancels_the_engine_and_what_it_draws_after_is_not_shown(
     run(scenario, tokenizer)
 
 
+def test_a_stop_token_that_was_drawn_behind_a_stop_string_is_not_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    async def scenario(desk: Desk) -> None:
+        answer = await desk.open(AnswerOptions(GREEDY, stop_strings=("STOP",)))
+        desk.draw(answer, "go STOP")
+        desk.engine.end(answer.request.request_id, EndReason.STOP_TOKEN, END_OF_TURN_ID)
+        finish = finish_of(await events_of(answer))
+        assert (finish.reason, finish.stop_token_id) == (FinishReason.STOP_STRING, None)
+        assert finish.usage.num_output_tokens == len(tokenizer("go STOP")["input_ids"])
+
+    run(scenario, tokenizer)
+
+
 def test_a_stop_string_may_be_complete_only_when_the_answer_ends_in_a_broken_character(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
