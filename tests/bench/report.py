@@ -4,13 +4,14 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -46,7 +47,7 @@ def environment() -> dict[str, object]:
     return {
         "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("PROMOE_COMMIT", ""),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "cpu": _cpu_name(),
         "num_cpus": os.cpu_count(),
@@ -54,7 +55,8 @@ def environment() -> dict[str, object]:
         "load_before": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("promoe", "torch", "transformers", "grpcio")},
+        "versions": {name: package_version(name) for name in ("promoe", "torch", "transformers", "grpcio")},
+        "gpu": _gpu(),
     }
 
 
@@ -71,12 +73,32 @@ def out_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes; default: tests/bench/results")
 
 
+def package_version(name: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def _module_name() -> str:
     spec = sys.modules["__main__"].__spec__
     return spec.name if spec is not None else Path(sys.argv[0]).stem
 
 
+def _gpu() -> dict[str, object] | None:
+    """A benchmark that has not loaded torch measures no GPU, and its own memory instead."""
+    if "torch" not in sys.modules:
+        return None
+    from tests.bench.gpu_facts import gpu_facts
+
+    return gpu_facts()
+
+
 def _git(*arguments: str) -> str:
+    """Empty in a copy of the tree without its history."""
+    if shutil.which("git") is None:
+        return ""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
