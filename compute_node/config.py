@@ -1,8 +1,15 @@
 """What a compute node can be asked for; defaults live here and nowhere else."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Final
+
+_MAX_COUNT: Final = 2**32 - 1
+"""GetInfo reports counts in 32 bits."""
+
+_MAX_PORT: Final = 65535
 
 
 class DeviceChoice(Enum):
@@ -95,11 +102,24 @@ class ComputeConfig:
             "attach_deadline_s": self.attach_deadline_s,
         }
         for name, value in positive.items():
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"compute.{name} is {value}; allowed: above 0")
         for name, least in (
             ("max_queued_requests", self.max_queued_requests),
             ("drain_deadline_s", self.drain_deadline_s),
         ):
-            if not least >= 0:
+            if not 0 <= least < math.inf:
                 raise ValueError(f"compute.{name} is {least}; allowed: 0 or more")
+        for name, count in (
+            ("max_concurrent_requests", self.max_concurrent_requests),
+            ("max_queued_requests", self.max_queued_requests),
+            ("max_prompt_bytes", self.max_prompt_bytes),
+            ("chunk_bytes", self.chunk_bytes),
+            ("max_chunks_in_flight", self.max_chunks_in_flight),
+        ):
+            if count > _MAX_COUNT:
+                raise ValueError(f"compute.{name} is {count}; allowed: up to {_MAX_COUNT}")
+        if self.metrics_listen:
+            port = self.metrics_listen.rpartition(":")[2]
+            if not port.isdecimal() or int(port) > _MAX_PORT:
+                raise ValueError(f"compute.metrics_listen is {self.metrics_listen!r}; expected host:port")

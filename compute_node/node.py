@@ -182,8 +182,6 @@ class ComputeNode:
         if not self._config.metrics_listen:
             return
         host, _, port = self._config.metrics_listen.rpartition(":")
-        if not port.isdecimal():
-            raise ValueError(f"compute.metrics_listen is {self._config.metrics_listen!r}; expected host:port")
         try:
             server, thread = start_http_server(int(port), host or "127.0.0.1", registry=self._registry)
         except OSError as error:

@@ -1,0 +1,70 @@
+"""What a compute node refuses to be asked for, before anything is loaded."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from compute_node.config import ComputeConfig
+
+
+def config(**settings: object) -> ComputeConfig:
+    return ComputeConfig(pack=Path("p"), store_endpoint="unix:s", **settings)  # type: ignore[arg-type]
+
+
+def refusal(**settings: object) -> str:
+    with pytest.raises(ValueError, match=r"^compute\.") as refused:
+        config(**settings)
+    return str(refused.value)
+
+
+NUMBERS = sorted(
+    field.name
+    for field in dataclasses.fields(ComputeConfig)
+    if field.type in (int, float, int | None, float | None) and field.name != "cache_rate"
+)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf])
+def test_every_number_is_bounded(name: str, value: float) -> None:
+    assert refusal(**{name: value}).startswith(f"compute.{name} is {value}; allowed: ")
+
+
+@pytest.mark.parametrize("name", sorted(set(NUMBERS) - {"max_queued_requests", "drain_deadline_s"}))
+def test_what_cannot_be_none_at_all_is_above_zero(name: str) -> None:
+    assert refusal(**{name: 0}) == f"compute.{name} is 0; allowed: above 0"
+
+
+def test_nobody_needs_to_wait_or_to_drain() -> None:
+    assert (config(max_queued_requests=0).max_queued_requests, config(drain_deadline_s=0.0).drain_deadline_s) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["max_concurrent_requests", "max_queued_requests", "max_prompt_bytes", "chunk_bytes", "max_chunks_in_flight"],
+)
+def test_what_get_info_reports_fits_its_fields(name: str) -> None:
+    most = 2**32 - 1
+    config(**{name: most})
+    assert refusal(**{name: most + 1}) == f"compute.{name} is {most + 1}; allowed: up to {most}"
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.5, 1.01, math.nan, math.inf])
+def test_a_cache_rate_is_a_share(rate: float) -> None:
+    assert refusal(cache_rate=rate) == f"compute.cache_rate is {rate}; allowed: above 0, up to 1"
+
+
+def test_slots_are_said_once() -> None:
+    assert "say the same thing; give one of them" in refusal(cache_rate=0.5, expert_slots=4)
+
+
+@pytest.mark.parametrize("listen", ["nowhere", "127.0.0.1:", "127.0.0.1:65536", ":-1"])
+def test_a_metrics_address_has_a_port(listen: str) -> None:
+    assert refusal(metrics_listen=listen) == f"compute.metrics_listen is {listen!r}; expected host:port"
+
+
+@pytest.mark.parametrize("listen", ["", ":0", "127.0.0.1:65535"])
+def test_a_metrics_page_is_optional_and_its_host_too(listen: str) -> None:
+    assert config(metrics_listen=listen).metrics_listen == listen
