@@ -318,11 +318,13 @@ class StoreClient:
         logger.info("Attached to the expert store at %s.", self._endpoint)
         if withdrawn:
             logger.warning("Withdrawn by the store at the moment: %s.", withdrawn)
-        if self._state is StoreState.CONNECTING:
-            self._reports.put(None)
+        was_connecting = self._state is StoreState.CONNECTING
         self._state = StoreState.ATTACHED
         self._retry_s = _FIRST_RETRY_S
         self._last_error = None
+        if was_connecting:
+            # Last: `attach` returns with it.
+            self._reports.put(None)
 
     def _report(self, filled_nbytes: int) -> None:
         if self._state is StoreState.CONNECTING:
