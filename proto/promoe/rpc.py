@@ -44,6 +44,8 @@ MAX_MESSAGE_NBYTES: Final = 32 << 20
 MAX_SOCKET_PATH_NBYTES: Final = 107
 """Linux's limit for the path of a unix socket."""
 
+_URI_MARKS: Final = frozenset("%?#")
+
 CHANNEL_OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_NBYTES),
@@ -182,7 +184,7 @@ class RpcServer:
         """Binds `host:port` or `unix:path`; returns the endpoint with the port that was taken.
 
         Raises:
-            ValueError: the path of a unix socket is too long.
+            ValueError: the path of a unix socket is too long, or not one that gRPC finds again.
             AlreadyRunning: another server holds the socket, or the address cannot be bound.
         """
         lock_fd = _lock_socket(endpoint) if endpoint.startswith("unix:") else None
@@ -227,6 +229,9 @@ def _lock_socket(endpoint: str) -> int:
     path = Path(endpoint.removeprefix("unix:").removeprefix("//"))
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_NBYTES:
         raise ValueError(f"The path of the unix socket {path} is longer than {MAX_SOCKET_PATH_NBYTES} bytes.")
+    if not _URI_MARKS.isdisjoint(str(path)):
+        # A client would look for another path, or none, and wait for a server that is there.
+        raise ValueError(f"The path of the unix socket {path} has a %, ? or #, which gRPC reads as parts of a URI.")
     try:
         fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:

@@ -334,6 +334,9 @@ def test_unusable_socket_paths_are_refused_with_the_reason(socket_dir: Path) -> 
         server = RpcServer((STORE_SERVICE,))
         with pytest.raises(ValueError, match=f"longer than {MAX_SOCKET_PATH_NBYTES} bytes"):
             server.listen(f"unix:{socket_dir}/{'x' * MAX_SOCKET_PATH_NBYTES}")
+        for mark in "%?#":
+            with pytest.raises(ValueError, match="which gRPC reads as parts of a URI"):
+                server.listen(f"unix:{socket_dir}/a{mark}20.sock")
         (socket_dir / "folder.sock").mkdir()
         with pytest.raises(AlreadyRunning, match=r"Cannot listen on .*folder\.sock"):
             server.listen(f"unix:{socket_dir}/folder.sock")
