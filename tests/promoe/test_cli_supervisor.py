@@ -164,6 +164,15 @@ def test_a_child_whose_parent_is_gone_already_does_not_start() -> None:
     assert "Zen of Python" not in ended.stdout
 
 
+def test_files_of_the_current_folder_are_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "runpy.py").write_text("raise SystemExit(7)")
+    (tmp_path / "this.py").write_text("raise SystemExit(8)")
+    arguments = launch_arguments("this", ())
+    ended = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "Zen of Python" in ended.stdout
+
+
 def test_signals_are_counted_and_wake_the_loop() -> None:
     with StopSignals() as stop:
         assert not stop.asked

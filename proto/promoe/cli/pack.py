@@ -24,7 +24,7 @@ class PackFlags:
 def pack(flags: PackFlags) -> None:
     """Split a Hugging Face checkpoint into an expert pack (restartable), or verify one."""
     # The packer has its own progress bar, messages and exit code: nothing may stand between it and the terminal.
-    os.execv(sys.executable, [sys.executable, "-m", "expert_store.pack", *packer_arguments(flags)])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "expert_store.pack", *packer_arguments(flags)])
 
 
 def packer_arguments(flags: PackFlags) -> tuple[str, ...]:

@@ -177,5 +177,5 @@ class Service:
 
 
 def launch_arguments(module: str, arguments: tuple[str, ...]) -> list[str]:
-    """The command line of a module that dies with this process."""
-    return [sys.executable, "-m", "promoe.cli.launch", str(os.getpid()), module, *arguments]
+    """The command line of a module that dies with this process; the current folder is not on its import path."""
+    return [sys.executable, "-P", "-m", "promoe.cli.launch", str(os.getpid()), module, *arguments]
