@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,6 +12,8 @@ from prometheus_client.registry import Collector
 from expert_store.store import ExpertStore
 from promoe import telemetry
 from promoe.errors import AlreadyRunning
+
+_MAX_PORT: Final = 65535
 
 
 class StoreCollector(Collector):
@@ -43,7 +46,7 @@ def metrics_page(store: ExpertStore, listen: str) -> Iterator[None]:
         yield
         return
     host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) > _MAX_PORT:
         raise ValueError(f"store.metrics_listen is {listen!r}; expected host:port")
     registry = CollectorRegistry()
     registry.register(StoreCollector(store))

@@ -73,6 +73,7 @@ def test_half_a_pack_and_no_pack_are_told_apart(tmp_path: Path, manifest: PackMa
         ("store.speed=3", "store.speed is not a setting; known in [store]: "),
         ("store.arena_kind=hugetlb", "store.arena_kind is 'hugetlb'; allowed: memfd"),
         ("store.metrics_listen=nowhere", "store.metrics_listen is 'nowhere'; expected host:port"),
+        ("store.metrics_listen=127.0.0.1:70000", "store.metrics_listen is '127.0.0.1:70000'; expected host:port"),
         ("log.level=loud", "log.level is 'loud'; allowed"),
     ],
 )
