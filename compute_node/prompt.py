@@ -112,8 +112,11 @@ class PromptCodec:
         """The tokens as one text.
 
         Raises:
-            ValueError: a token that is not in the vocabulary.
+            ValueError: a token that is not in the vocabulary, or more tokens than the longest prompt text can have.
         """
+        most = self._limits.max_prompt_bytes
+        if len(token_ids) > most:
+            raise ValueError(f"token_ids has {len(token_ids)} entries; allowed: at most {most}")
         return await asyncio.to_thread(self._detokenize, token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:

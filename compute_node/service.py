@@ -110,7 +110,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: "_Context"
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """See inference.proto."""
-        prompt, options = _decode_generate(request)
+        prompt, options = _decode_generate(request, self._codec.limits.max_context_tokens)
         answer = await self._answerer.open(prompt, options)
         # Called as soon as the client is gone, even while this generator waits to be asked for its next message.
         # (Its stub declares the callback's type as a class.)
@@ -204,7 +204,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
 
 
-def _decode_generate(request: inference_pb2.GenerateRequest) -> tuple[Prompt, AnswerOptions]:
+def _decode_generate(request: inference_pb2.GenerateRequest, max_context_tokens: int) -> tuple[Prompt, AnswerOptions]:
+    _refuse_more_than(max_context_tokens, len(request.token_ids.ids), "prompt.token_ids")
     _refuse_unknown_fields(request, "request")
     _refuse_unknown_fields(request.sampling, "sampling")
     return _decode_prompt(request), _decode_options(request.sampling)

@@ -65,6 +65,13 @@ def test_unknown_tokens_are_not_detokenized(codec: PromptCodec) -> None:
         asyncio.run(codec.detokenize([1, 100000]))
 
 
+def test_more_tokens_than_any_prompt_has_are_not_detokenized(codec: PromptCodec) -> None:
+    most = codec.limits.max_prompt_bytes
+    assert asyncio.run(codec.detokenize([5] * most))
+    with pytest.raises(ValueError, match=f"token_ids has {most + 1} entries; allowed: at most {most}"):
+        asyncio.run(codec.detokenize([5] * (most + 1)))
+
+
 def test_a_chat_needs_a_template(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.chat_template = None

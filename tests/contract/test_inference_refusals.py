@@ -28,6 +28,10 @@ BAD_REQUESTS = {
         inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1, 4_000_000_000])),
         "token_ids has 4000000000; allowed: 0 to",
     ),
+    "many tokens": (
+        inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1] * (CONTEXT + 1))),
+        f"prompt.token_ids has {CONTEXT + 1} entries; allowed: at most {CONTEXT}",
+    ),
     "long prompt": (text_request("x" * CONTEXT), f"prompt has {CONTEXT} tokens; allowed: fewer than the context's"),
     "10 MB prompt": (text_request("x" * 10_000_000), "prompt has 10000000 bytes or more; allowed: at most 4096"),
     "unknown field": (with_unknown_field(text_request()), "request has unknown field numbers [100]; allowed: text = 1"),
