@@ -144,6 +144,15 @@ class Admission:
             Overloaded: running and waiting places are all taken.
             Unavailable: the node is shutting down, or its engine died.
         """
+        self.check_open()
+        admitted = AdmittedRequest(self, request)
+        self._queue.append(admitted)
+        self._idle.clear()
+        self._fill()
+        return admitted
+
+    def check_open(self) -> None:
+        """Raises what `admit` would raise now: asked before the work of encoding a prompt is spent on a refusal."""
         if self._refusal is not None:
             self._metrics.count_request(Outcome.REFUSED)
             raise Unavailable(self._refusal)
@@ -155,11 +164,6 @@ class Admission:
                 "node takes; try again later.",
                 retry_after_ms=int(1000 * self._retry_after_s()),
             )
-        admitted = AdmittedRequest(self, request)
-        self._queue.append(admitted)
-        self._idle.clear()
-        self._fill()
-        return admitted
 
     def cancel(self, admitted: AdmittedRequest) -> None:
         """See `AdmittedRequest.cancel`."""

@@ -129,6 +129,7 @@ class Answerer:
         for token_id in options.stop_token_ids:
             if not 0 <= token_id < vocab_size:
                 raise ValueError(f"stop_token_ids has {token_id}; allowed: 0 to {vocab_size - 1}")
+        self._admission.check_open()
         prompt_ids = await self._codec.encode(prompt)
         max_tokens = min(options.max_tokens, self._codec.limits.max_context_tokens - len(prompt_ids))
         own_stops = frozenset() if options.ignore_eos else self._eos_token_ids

@@ -242,6 +242,13 @@ def test_who_is_not_let_in_is_counted(tokenizer: PreTrainedTokenizerBase) -> Non
         with pytest.raises(Overloaded):
             await desk.answerer.open(TextPrompt("x"), AnswerOptions(GREEDY))
         assert desk.outcome("refused") == 1
+        # Nobody looks at a prompt for which there is no room: this one would be refused for its length.
+        with pytest.raises(Overloaded):
+            await desk.answerer.open(TextPrompt("x" * 2000), AnswerOptions(GREEDY))
+        await desk.admission.drain(0.0)
+        with pytest.raises(Unavailable, match="shutting down"):
+            await desk.answerer.open(TextPrompt("x" * 2000), AnswerOptions(GREEDY))
+        assert desk.outcome("refused") == 3
 
     run(scenario, tokenizer)
 
