@@ -21,7 +21,10 @@ LOCK_LINES: Final = tuple(
 )
 LOCKED: Final = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LOCK_LINES)}
 LOWEST_SUPPORTED: Final = ("grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-tools")
-MAKE_TARGETS: Final = ("demo", "test", "check", "bench", "bench-overhead", "bench-sweep", "bench-pack", "bench-store")
+MAKE_TARGETS: Final = (
+    *("demo", "test", "check", "bench"),
+    *("bench-overhead", "bench-sweep", "bench-device", "bench-pack", "bench-store"),
+)
 
 
 def direct_requirements() -> list[Requirement]:

@@ -284,10 +284,11 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def shape_of(options: argparse.Namespace) -> MoeShape:
-    """The named shape with single sizes replaced."""
+def shape_of(options: argparse.Namespace, device: Device) -> MoeShape:
+    """The named shape, or the one that the device can compute in minutes, with single sizes replaced."""
+    shape = SHAPES[options.shape or ("lite" if device.kind == "cuda" else "tiny")]
     given = {name: getattr(options, name) for name in SIZE_FLAGS if getattr(options, name) is not None}
-    return dataclasses.replace(SHAPES[options.shape], **given)
+    return dataclasses.replace(shape, **given)
 
 
 def link_of(options: argparse.Namespace) -> LinkSettings | None:
@@ -300,7 +301,7 @@ def link_of(options: argparse.Namespace) -> LinkSettings | None:
 def main() -> None:
     """Prints the rows, writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="lite")
+    parser.add_argument("--shape", choices=SHAPES, help="default: lite on a GPU, tiny on the CPU")
     for name in SIZE_FLAGS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     parser.add_argument("--device", type=DeviceChoice, default=DeviceChoice.AUTO, help="auto, cuda or cpu")
@@ -318,7 +319,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device, None).device
     length = Length(options.rounds, options.prompt, options.tokens, options.offloaded_tokens)
-    measured = measure(shape_of(options), device, options.rates, length, link_of(options))
+    measured = measure(shape_of(options, device), device, options.rates, length, link_of(options))
     say(f"Written: {write_report('device', measured, options.out)}")
 
 

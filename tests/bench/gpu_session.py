@@ -17,9 +17,12 @@ import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import Final
+
+from tests.bench.report import environment
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 EXTRA_LIMIT_S: Final = 150.0
@@ -28,7 +31,7 @@ KILL_AFTER_S: Final = 10.0
 MODULES: Final = (
     *("torch", "transformers", "accelerate", "safetensors", "numpy", "psutil", "xxhash", "prometheus_client", "grpc"),
     *("grpc_health", "grpc_reflection", "google.protobuf", "gguf", "jinja2", "pytest", "pytest_timeout", "hypothesis"),
-    *("cuda.bindings.driver", "cupy", "promoe", "compute_node.node", "expert_store.store"),
+    *("cuda.bindings.driver", "promoe", "compute_node.node", "expert_store.store"),
 )
 
 
@@ -81,7 +84,7 @@ def planned_steps(out: Path, extra: Sequence[str], bench_arguments: Sequence[str
     return steps
 
 
-def run_step(step: Step, out: Path, environment: Mapping[str, str]) -> Outcome:
+def run_step(step: Step, out: Path, variables: Mapping[str, str]) -> Outcome:
     """Runs it to its end or its limit; the log is there from the first line on."""
     started_s = perf_counter()
     timed_out = False
@@ -89,7 +92,7 @@ def run_step(step: Step, out: Path, environment: Mapping[str, str]) -> Outcome:
         process = subprocess.Popen(
             step.command,
             cwd=ROOT,
-            env=environment,
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -127,15 +130,12 @@ def print_facts() -> int:
     """The machine, and which of the modules that steps import are missing; status 1 if any is."""
     missing = 0
     for name in MODULES:
-        done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
-        if done.returncode != 0:
+        try:
+            import_module(name)
+        except ImportError as error:
             missing += 1
-            print(f"missing: {name}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}", flush=True)
-    import torch
-
-    from tests.bench.report import environment
-
-    print(f"torch {torch.__version__}, {missing} modules missing")
+            print(f"missing: {name}: {error}", flush=True)
+    print(f"{missing} modules missing", flush=True)
     print(json.dumps(environment(), indent=1))
     return 1 if missing else 0
 
@@ -159,11 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = planned_steps(out, options.then, options.bench.split(), options.scale)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as site:
-        environment = step_environment(Path(site))
+        variables = step_environment(Path(site))
         for step in steps:
             if options.only and step.name not in options.only:
                 continue
-            outcomes.append(run_step(step, out, environment))
+            outcomes.append(run_step(step, out, variables))
             print(outcomes[-1], flush=True)
             (out / "session.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
     return 1 if any(outcome.status != 0 for outcome in outcomes) else 0
