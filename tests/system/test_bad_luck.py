@@ -4,6 +4,7 @@ Every process is real. The oracle is the same answer with nothing happening mean
 """
 
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from promoe import Client
 from promoe.errors import Unavailable
 from promoe.ids import ExpertId
 from promoe.node_report import StoreState
-from promoe.pack_manifest import PackManifest
+from promoe.pack_manifest import PackManifest, layer_file
+from promoe.v1 import expert_store_pb2 as pb
 from tests.running_node import RunningNode
 from tests.running_store import wait_until
 from tests.system.tiny_stack import (
@@ -33,13 +35,12 @@ from tests.system.tiny_stack import (
 
 @pytest.fixture(scope="module")
 def stack(tiny_pack: Path) -> Iterator[TinyStack]:
-    """For tests that hurt the store only, and leave it attached again."""
-    with (
-        tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder,
-        running_stack(tiny_pack, Path(folder)) as running,
-    ):
-        yield running
-        assert "Traceback" not in running.node.log.read_text()
+    """For tests that hurt the store and its pack only, and leave both whole again."""
+    with tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder:
+        pack_dir = shutil.copytree(tiny_pack, Path(folder) / "pack")
+        with running_stack(pack_dir, Path(folder)) as running:
+            yield running
+            assert "Traceback" not in running.node.log.read_text()
 
 
 @pytest.fixture
@@ -97,6 +98,45 @@ def test_damage_that_happens_while_the_store_is_away_is_mended_when_it_is_back(
     stack: TinyStack, client: Client, expected: list[int]
 ) -> None:
     """Nobody verifies the arena meanwhile; the next store does, and the node forgets what it has loaded from there."""
+    num_damaged = kill_store_and_damage_a_layer(stack, client)
+    assert quiet_answer(client) != expected, "the damage can be seen"
+    stack.restart_store()
+    wait_until(lambda: stack.store.wait_until_serving().fill_state == pb.FILL_STATE_FULL)
+    wait_until(lambda: stack.store.stats().damaged_blobs == num_damaged, log=stack.store.log)
+    wait_until(lambda: stack.store.stats().retired_blobs == 0, log=stack.store.log)
+    assert stack.store.stats().adopted
+    wait_for_store_state(client, StoreState.ATTACHED)
+    assert quiet_answer(client) == expected
+
+
+def test_experts_that_cannot_be_mended_are_never_computed_with(
+    stack: TinyStack, client: Client, expected: list[int]
+) -> None:
+    """Damaged in memory and on disk, they stay withdrawn, over a restart too, until the pack is whole again."""
+    num_damaged = kill_store_and_damage_a_layer(stack, client)
+    on_disk = layer_file(stack.pack_dir, 1)
+    content = on_disk.read_bytes()
+    on_disk.write_bytes(bytes(len(content)))
+    stack.restart_store()
+    wait_until(lambda: stack.store.wait_until_serving().fill_state == pb.FILL_STATE_FULL)
+    wait_until(lambda: stack.store.stats().retired_blobs == num_damaged, log=stack.store.log)
+    wait_until(lambda: "L1E7 stays withdrawn" in stack.store.log.read_text(), log=stack.store.log)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match=r"L1E\d"):
+            quiet_answer(client)
+    stack.store.kill()
+    wait_for_store_state(client, StoreState.FROZEN)
+    on_disk.write_bytes(content)
+    stack.restart_store()
+    wait_until(lambda: stack.store.wait_until_serving().fill_state == pb.FILL_STATE_FULL)
+    wait_until(lambda: stack.store.stats().retired_blobs == 0, log=stack.store.log)
+    wait_for_store_state(client, StoreState.ATTACHED)
+    assert stack.store.stats().adopted
+    assert quiet_answer(client) == expected
+
+
+def kill_store_and_damage_a_layer(stack: TinyStack, client: Client) -> int:
+    """Spoils all experts of MoE layer 1 in the arena that the node keeps; returns how many."""
     spec = PackManifest.read(stack.pack_dir).spec
     layout = ArenaLayout.of(spec)
     stack.store.kill()
@@ -105,18 +145,7 @@ def test_damage_that_happens_while_the_store_is_away_is_mended_when_it_is_back(
         for expert in range(spec.num_experts):
             arena.seek(layout.offset_of(layout.index_of(ExpertId(1, expert))))
             arena.write(bytes(layout.blob_nbytes // 2))
-    assert quiet_answer(client) != expected, "the damage can be seen"
-    stack.restart_store()
-    wait_for_store_state(client, StoreState.ATTACHED)
-
-    def is_mended() -> bool:
-        stats = stack.store.stats()
-        return stats.verified_blobs >= layout.num_blobs and stats.published_blobs == layout.num_blobs
-
-    wait_until(is_mended, log=stack.store.log)
-    assert stack.store.stats().adopted
-    assert stack.store.stats().damaged_blobs == spec.num_experts
-    assert quiet_answer(client) == expected
+    return spec.num_experts
 
 
 def arena_of(pid: int) -> Path:

@@ -8,8 +8,10 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from compute_node.__main__ import main
@@ -129,6 +131,20 @@ def test_a_store_that_is_not_there_is_waited_for_and_then_named(start: Start, tm
     assert status == 1
     assert f"The expert store at unix:{tmp_path}/no.sock had not published every expert after 0.5 s." in line
     assert "Last: " in line, "and what was in the way"
+
+
+def test_a_peer_that_is_no_store_is_not_taken_for_one(start: Start) -> None:
+    """Another gRPC service is refused at once; a port that says nothing is given until the deadline."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"127.0.0.1:{silent.getsockname()[1]}"
+        status, line = start(f"compute.store_endpoint={endpoint}", "compute.attach_deadline_s=0.5")
+        assert (status, f"The expert store at {endpoint} had not published" in line) == (1, True)
+    stranger = grpc.server(ThreadPoolExecutor(1))
+    endpoint = f"127.0.0.1:{stranger.add_insecure_port('127.0.0.1:0')}"
+    stranger.start()
+    status, line = start(f"compute.store_endpoint={endpoint}")
+    assert (status, "The peer does not serve this call; it is another service" in line) == (1, True)
+    stranger.stop(0).wait()
 
 
 def test_a_port_that_is_taken_is_named(start: Start, store: RunningStore) -> None:
