@@ -104,7 +104,10 @@ class StepRecorder:
         self.metrics.hits.labels(phase.value).inc(hits)
         if misses:
             self.metrics.misses.labels(phase.value, "absent").inc(misses)
+        # Not only with misses: a step of both phases shares its bytes, and on CUDA a wait's end is known a layer later.
+        if nbytes:
             self.metrics.loaded_bytes.labels(phase.value, "demand").inc(nbytes)
+        if stall_s:
             self.metrics.stall_seconds.labels(phase.value, "demand_load").inc(stall_s)
 
     def _count_mixed(
