@@ -91,9 +91,12 @@ class ArenaMapping:
         return self._mapping.address + offset
 
     def chunk_of(self, offset: int) -> int:
-        """The chunk that the blob at this offset belongs to."""
+        """The chunk that the blob at this offset belongs to; raises InvalidInput where no blob can be."""
         geometry = self.geometry
-        return (offset - geometry.data_offset) // geometry.blob_stride_nbytes // geometry.blobs_per_chunk
+        place, rest = divmod(offset - geometry.data_offset, geometry.blob_stride_nbytes)
+        if rest or not 0 <= place < geometry.num_blobs:
+            raise InvalidInput(f"The expert store speaks of a blob at byte {offset}; its arena has no place there.")
+        return place // geometry.blobs_per_chunk
 
     def num_blobs_of(self, chunk: int) -> int:
         """Blobs in a chunk; the last one may have fewer."""

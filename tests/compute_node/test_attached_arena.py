@@ -152,6 +152,13 @@ def test_an_expert_that_the_model_lacks_is_refused(expert: ExpertId, arena: Atta
         arena.take_table(GEOMETRY, [BlobPlace(expert, 8192, 1)], complete=True)
 
 
+@pytest.mark.parametrize("offset", [0, GEOMETRY.data_offset + 1, GEOMETRY.nbytes, 1 << 62])
+def test_a_blob_outside_its_place_is_refused_before_anybody_reads_there(offset: int, arena: AttachedArena) -> None:
+    with pytest.raises(InvalidInput, match=f"speaks of a blob at byte {offset}; its arena has no place there"):
+        arena.take_table(GEOMETRY, [BlobPlace(ExpertId(0, 0), offset, 1)], complete=True)
+    assert readable(arena) == []
+
+
 class OracleListener:
     """Checks each call against the addresses: readable after publishing, gone before retiring."""
 
