@@ -18,13 +18,11 @@ class SlotHistory:
     Attributes:
         expert: what the slot holds.
         last_use: the cache's use counter when the expert was last acquired (larger is later).
-        loaded_at: the cache's use counter when it was loaded.
         num_uses: acquisitions since it was loaded.
     """
 
     expert: ExpertId
     last_use: int = 0
-    loaded_at: int = 0
     num_uses: int = 0
 
 

@@ -280,7 +280,7 @@ class ExpertCache:
                 waiting.popleft()
                 load = Load(expert, source_address, slot.address, self.geometry.blob_nbytes, slot.last_compute)
                 slot.state, slot.load = SlotState.LOADING, load
-                slot.history = SlotHistory(expert, loaded_at=self._clock)
+                slot.history = SlotHistory(expert)
                 self._slot_of[expert.layer][expert.expert] = slot
                 self._pin(acquisition, slot)
                 loads.append(slot)

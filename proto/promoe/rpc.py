@@ -164,16 +164,13 @@ class RpcServer:
 
     Args:
         service_names: full names, for health and reflection.
-        max_concurrent_rpcs: further calls are refused by gRPC with RESOURCE_EXHAUSTED.
 
     The owner registers its servicers on `server`, calls `listen`, then `start`, then `set_serving(True)` when it is
     ready to be used.
     """
 
-    def __init__(self, service_names: tuple[str, ...], max_concurrent_rpcs: int | None = None) -> None:
-        self.server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_concurrent_rpcs
-        )
+    def __init__(self, service_names: tuple[str, ...]) -> None:
+        self.server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         self._service_names = service_names
         self._lock_fds: list[int] = []
         self._health = health.aio.HealthServicer()
