@@ -83,6 +83,7 @@ class TransferEngine:
         self._queue: deque[Load] = deque()
         self._in_flight: deque[CopyTicket] = deque()
         self._closing = False
+        self._has_died = False
         self._link: Link | None = None
         self._uploaded_nbytes = 0
         self._link_busy_s = 0.0
@@ -129,6 +130,8 @@ class TransferEngine:
                         raise load.error
                     if load.state is LoadState.ISSUED:
                         return load
+                # Not an error that only ends the step: none would succeed, so the engine has to end and be replaced.
+                assert not self._has_died, "the transfer thread died; the log has its traceback"
                 if self._closing:
                     raise Unavailable("The transfer engine is closed.")
                 self._condition.wait()
@@ -167,6 +170,7 @@ class TransferEngine:
         finally:
             # Whatever ended the thread, nobody waits for it any longer.
             with self._condition:
+                self._has_died = not self._closing
                 self._closing = True
                 self._condition.notify_all()
 

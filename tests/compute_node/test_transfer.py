@@ -213,6 +213,23 @@ def test_close_wakes_who_waits() -> None:
     assert failures == ["The transfer engine is closed."]
 
 
+class BuggyLink(RecordingLink):
+    """Fails in a way that no load is blamed for."""
+
+    def copy(self, destination_address: int, source_address: int, nbytes: int) -> CopyTicket:
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_is_not_taken_for_one_that_was_closed() -> None:
+    with engine(BuggyLink()) as transfers:
+        asked = load(1, 100)
+        transfers.submit([asked])
+        with pytest.raises(AssertionError, match="the transfer thread died"):
+            transfers.next_issued([asked])
+        transfers.cancel([asked])
+
+
 def test_a_thread_that_cannot_open_its_link_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(str(args.exc_value)))
@@ -222,8 +239,9 @@ def test_a_thread_that_cannot_open_its_link_leaves_nobody_waiting(monkeypatch: p
 
     transfers = TransferEngine(broken, 100, 2)
     transfers.start()
-    with pytest.raises(Unavailable, match="closed"):
-        transfers.next_issued([load(1, 100)])
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="the transfer thread died"):
+            transfers.next_issued([load(1, 100)])
     transfers.close()
     assert seen == ["no such device"]
     assert transfers.link_description == "closed"
