@@ -110,7 +110,6 @@ class ArenaMapping:
         """Populates and registers one chunk; a registered one is left alone.
 
         Raises:
-            Unavailable: the driver refused.
             ResourceExhausted: there is no memory for the page tables.
         """
         offset = self._chunk_offset(chunk)

@@ -16,8 +16,7 @@ class HostPinning(Protocol):
     def register(self, address: int, nbytes: int) -> None:
         """Pins one page-aligned range; the caller keeps ranges to 64-256 MiB.
 
-        Raises:
-            Unavailable: the driver refused.
+        A range that the driver refuses can be copied from all the same, more slowly.
         """
 
     def unregister(self, address: int) -> None:
