@@ -1,11 +1,13 @@
 """The commands against scripted nodes over real sockets: what is written where, and exit codes."""
 
+import errno
 import io
 import json
 import os
 import pty
 import re
 import select
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from promoe.cli.app import main
+from promoe.cli.console import print_error
 from promoe.cli.run_dir import RunDir, StackState
 from promoe.errors import InvalidInput
 from tests.promoe.scripted_inference import HELLO, Act, ScriptedInference, accepted, delta, serve_in_thread
@@ -300,8 +303,10 @@ def test_generate_on_a_terminal_is_cancelled_by_ctrl_c(endpoint: str, node: Scri
 
 
 def test_a_reader_that_has_gone_is_no_error(endpoint: str) -> None:
-    command = f"{sys.executable} -c 'from promoe.cli.app import main; main()' generate x -e {endpoint} | true"
+    promoe = [sys.executable, "-c", "from promoe.cli.app import main; main()"]
+    command = f"{shlex.join([*promoe, 'generate', 'x', '-e', endpoint])} | true; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1, "it noticed"
     assert "Traceback" not in ended.stderr
     assert "error" not in ended.stderr
 
@@ -329,12 +334,19 @@ def test_shell_completion_offers_the_commands() -> None:
     assert "status" in ended.stdout.split()
 
 
-def test_a_failure_of_the_system_names_the_file(run: Run, folder: Path) -> None:
+def test_a_failure_of_the_system_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error(PermissionError(errno.EACCES, "Permission denied", "/some/file"))
+    print_error(OSError(errno.ENOSPC, "No space left on device"))
+    assert capsys.readouterr().err == "error: Permission denied: /some/file\nerror: No space left on device\n"
+
+
+def test_a_folder_for_packs_that_cannot_be_made_is_told_with_the_mend(run: Run, folder: Path) -> None:
     (folder / "home").write_text("a file where a folder should be")
     (folder / "checkpoint").mkdir()
     ran = run("up", str(folder / "checkpoint"), "--listen", "127.0.0.1:0")
     assert ran.code == 1
-    assert f"error: Not a directory: {folder}/home/packs" in ran.err or f"error: File exists: {folder}/home" in ran.err
+    assert f"error: Packs cannot be kept in {folder}/home/packs (" in ran.err
+    assert "set PROMOE_HOME to a folder for them" in ran.err
 
 
 def test_version(run: Run) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from promoe.cli import pack_cache
 from promoe.cli.pack_cache import DEMO_MODEL, PackPlan, cache_home, plan_pack
 from promoe.errors import InvalidInput, ModelNotFound, PackDamaged
 from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
-from promoe.pack_manifest import MANIFEST_FILE, PackManifest
+from promoe.pack_manifest import MANIFEST_FILE, PACK_VERSION, PackManifest
 
 
 @pytest.fixture
@@ -96,7 +97,9 @@ def test_the_demo_model_is_built_and_then_packed(home: Path, tmp_path: Path) -> 
     assert plan_pack(DEMO_MODEL, None).steps == ()
 
 
-@pytest.mark.parametrize("model", ["/no/such/folder", "nothing", "a/b/c", "../x", "~/nothing-here", "", " "])
+@pytest.mark.parametrize(
+    "model", ["/no/such/folder", "nothing", "a/b/c", "../x", "~/nothing-here", "owner/name@main", "", " "]
+)
 def test_neither_folder_nor_hub_id(home: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
@@ -112,3 +115,15 @@ def test_a_file_is_no_model(home: Path, checkpoint: Path) -> None:
 def test_the_cache_is_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PROMOE_HOME", raising=False)
     assert cache_home() == Path(os.path.expanduser("~/.cache/promoe"))  # noqa: PTH111 - the oracle
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMOE_HOME", "~no-such-user-here/cache")
+    with pytest.raises(InvalidInput, match="There is no home folder; set PROMOE_HOME"):
+        cache_home()
+
+
+def test_packs_of_another_format_are_not_used(home: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = plan_pack(str(checkpoint), None)
+    monkeypatch.setattr(pack_cache, "PACK_VERSION", PACK_VERSION + 1)
+    assert plan_pack(str(checkpoint), None).pack_dir != now.pack_dir

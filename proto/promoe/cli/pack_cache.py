@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Final
 
 from promoe.errors import InvalidInput, ModelNotFound
-from promoe.pack_manifest import MANIFEST_FILE, PackManifest
+from promoe.pack_manifest import MANIFEST_FILE, PACK_VERSION, PackManifest
 
 HOME_VARIABLE: Final = "PROMOE_HOME"
 DEMO_MODEL: Final = "demo"
 
-_HUB_ID: Final = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
+_HUB_ID: Final = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,12 @@ class PackPlan:
 
 
 def cache_home() -> Path:
-    """`$PROMOE_HOME`, else `~/.cache/promoe`."""
+    """`$PROMOE_HOME`, else `~/.cache/promoe`; raises InvalidInput for a user without either."""
     asked = os.environ.get(HOME_VARIABLE)
-    return Path(asked).expanduser().absolute() if asked else Path.home() / ".cache" / "promoe"
+    try:
+        return Path(asked).expanduser().absolute() if asked else Path.home() / ".cache" / "promoe"
+    except RuntimeError as error:
+        raise InvalidInput(f"There is no home folder; set {HOME_VARIABLE} to a folder for packs.") from error
 
 
 def plan_pack(model: str, dtype: str | None, wheel: Path | None = None) -> PackPlan:
@@ -97,7 +100,8 @@ def _plan_demo(dtype: str | None, wheel: Path | None) -> PackPlan:
 
 
 def _plan_checkpoint(name: str, source: str, identity: str, dtype: str | None) -> PackPlan:
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    # Packs of another format stay for the promoe that made them.
+    key = hashlib.sha256(f"{PACK_VERSION}\n{identity}".encode()).hexdigest()[:12]
     slug = re.sub(r"[^\w.-]+", "-", name)[:60]
     pack_dir = cache_home() / "packs" / f"{slug}-{dtype or 'native'}-{key}"
     return _plan(source, pack_dir, (_pack_step(source, pack_dir, dtype),))

@@ -2,16 +2,18 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from promoe.cli.pack_cache import PackPlan, ToolCommand
+from promoe.cli.console import state_console
+from promoe.cli.pack_cache import HOME_VARIABLE, PackPlan, ToolCommand
 from promoe.cli.stop_signals import StopSignals
 from promoe.cli.supervisor import launch_arguments
-from promoe.errors import Unavailable
+from promoe.errors import ResourceExhausted, Unavailable
 from promoe.pack_manifest import MANIFEST_FILE
 
 _POLL_S: Final = 0.1
@@ -26,8 +28,8 @@ def make_pack(plan: PackPlan, stop: StopSignals) -> bool:
 
     Raises:
         Unavailable: a step failed.
+        ResourceExhausted: the folder of the packs cannot be written.
     """
-    plan.pack_dir.parent.mkdir(parents=True, exist_ok=True)
     with _alone(plan.pack_dir.with_name(f"{plan.pack_dir.name}.lock"), stop) as is_alone:
         if not is_alone:
             return False
@@ -50,12 +52,15 @@ def _run_step(step: ToolCommand, stop: StopSignals) -> bool:
             stop.wait(_POLL_S)
     finally:
         if process.poll() is None:
-            process.terminate()
+            # The whole group: a step may have started pip.
+            os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(_STOP_DEADLINE_S)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        # A progress bar hides the cursor, and one that was killed cannot bring it back.
+        state_console().show_cursor()
     if process.returncode != 0:
         raise Unavailable(f"“{step.title}” failed with exit code {process.returncode}; what it said is above.")
     return True
@@ -64,7 +69,13 @@ def _run_step(step: ToolCommand, stop: StopSignals) -> bool:
 @contextmanager
 def _alone(path: Path, stop: StopSignals) -> Iterator[bool]:
     """Holds a lock file; gives False when a signal came while another process held it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ResourceExhausted(
+            f"Packs cannot be kept in {path.parent} ({error.strerror}); set {HOME_VARIABLE} to a folder for them."
+        ) from error
     try:
         while True:
             try:
