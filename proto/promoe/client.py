@@ -16,7 +16,7 @@ from promoe.generation import Answer, Delta, GenerateOptions, Prompt, encode_gen
 from promoe.node_calls import Generation, NodeCalls
 from promoe.node_report import CacheStats, NodeInfo
 from promoe.retry import RetryPolicy
-from promoe.rpc import GENERATE_DEADLINE_S, INFO_DEADLINE_S
+from promoe.rpc import GENERATE_DEADLINE_S, INFO_DEADLINE_S, TOKENIZE_DEADLINE_S
 from promoe.transport import AioTransport, BlockingTransport, run_blocking
 
 _DEFAULT_RETRY: Final = RetryPolicy()
@@ -120,12 +120,12 @@ class AsyncClient:
         return await self._calls.cache_stats(deadline_s)
 
     async def tokenize(
-        self, prompt: str | Sequence[Mapping[str, str]], *, deadline_s: float = INFO_DEADLINE_S
+        self, prompt: str | Sequence[Mapping[str, str]], *, deadline_s: float = TOKENIZE_DEADLINE_S
     ) -> list[int]:
         """Token ids of a text or of chat messages, as `generate` would read them."""
         return await self._calls.tokenize(prompt, deadline_s)
 
-    async def detokenize(self, token_ids: Sequence[int], *, deadline_s: float = INFO_DEADLINE_S) -> str:
+    async def detokenize(self, token_ids: Sequence[int], *, deadline_s: float = TOKENIZE_DEADLINE_S) -> str:
         """The text of tokens."""
         return await self._calls.detokenize(token_ids, deadline_s)
 
@@ -173,11 +173,13 @@ class Client:
         """The expert cache's counters by phase and layer."""
         return run_blocking(self._calls.cache_stats(deadline_s))
 
-    def tokenize(self, prompt: str | Sequence[Mapping[str, str]], *, deadline_s: float = INFO_DEADLINE_S) -> list[int]:
+    def tokenize(
+        self, prompt: str | Sequence[Mapping[str, str]], *, deadline_s: float = TOKENIZE_DEADLINE_S
+    ) -> list[int]:
         """Token ids of a text or of chat messages, as `generate` would read them."""
         return run_blocking(self._calls.tokenize(prompt, deadline_s))
 
-    def detokenize(self, token_ids: Sequence[int], *, deadline_s: float = INFO_DEADLINE_S) -> str:
+    def detokenize(self, token_ids: Sequence[int], *, deadline_s: float = TOKENIZE_DEADLINE_S) -> str:
         """The text of tokens."""
         return run_blocking(self._calls.detokenize(token_ids, deadline_s))
 

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 INFO_DEADLINE_S: Final = 5.0
 """Handshakes and statistics: answered from memory."""
 
+TOKENIZE_DEADLINE_S: Final = 60.0
+"""Text to tokens and back: megabytes of it take seconds, behind those of other callers."""
+
 GENERATE_DEADLINE_S: Final = 3600.0
 """A whole answer, queueing included, unless the caller says otherwise."""
 
