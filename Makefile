@@ -2,7 +2,7 @@
 
 ifeq ($(origin PYTHON),undefined)
 PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
-	"$$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; \
+	"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; \
 	done)
 endif
 VENV := .venv
@@ -25,7 +25,7 @@ setup: $(READY) ## Installs the locked environment into .venv (instant when noth
 
 # torch comes first and by its exact version: a looser requirement of another package would fetch another build of it.
 $(READY): requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "There is no Python >= 3.11 with the venv module on PATH; set PYTHON=/path/to/python." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "There is no Python >= 3.11 with venv and ensurepip on PATH (Debian: python3-venv); set PYTHON=/path/to/python." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$$(grep '^torch==' requirements.lock)"
 	$(PIP) install -r requirements.lock
@@ -49,7 +49,7 @@ types: $(READY)
 	$(BIN)/mypy --strict $(SOURCES)
 
 schema: $(READY)
-	$(BIN)/buf lint
+	BUF_CACHE_DIR=.cache/buf $(BIN)/buf lint
 	rm -rf $(GENERATED) && mkdir -p $(GENERATED)
 	$(call generate,$(GENERATED))
 	@for file in $$(cd $(GENERATED) && find . -type f); do \

@@ -5,6 +5,7 @@ import importlib.resources
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from typing import Final
 
@@ -13,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.source_tree import ROOT
+from tests.source_tree import ROOT, SERVICES, product_modules
 
 PROJECT: Final = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK_LINES: Final = tuple(
@@ -50,6 +51,16 @@ def test_the_lock_names_everything_once_and_torch_first() -> None:
 @pytest.mark.parametrize("requirement", direct_requirements(), ids=str)
 def test_the_lock_satisfies_what_the_project_asks_for(requirement: Requirement) -> None:
     assert Version(LOCKED[canonicalize_name(requirement.name)]) in requirement.specifier
+
+
+def test_everything_that_the_product_imports_is_asked_for() -> None:
+    asked = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    # CUDA's packages are the extras' and torch's.
+    ours = {*sys.stdlib_module_names, "promoe", *SERVICES, "cuda", "cupy", "google"}
+    imported = {name.partition(".")[0] for module in product_modules() for name in module.imported_names} - ours
+    distributions = importlib.metadata.packages_distributions()
+    known = {name: {canonicalize_name(each) for each in distributions.get(name, ())} for name in imported}
+    assert {name: found for name, found in known.items() if not found & asked} == {}
 
 
 @pytest.mark.parametrize("name", sorted(LOCKED.keys() - {"torch"}))
