@@ -156,6 +156,7 @@ class ExpertCache:
         self._policy = policy
         self._lock = threading.Condition(threading.RLock())
         self._clock = 0
+        self._computing_thread: int | None = None
         rows = [Slot(index, slots_SB[index].data_ptr()) for index in range(slots_SB.shape[0])]
         share = geometry.slots_per_layer
         self._slots = [rows[layer * share : (layer + 1) * share] for layer in range(geometry.num_layers)]
@@ -173,6 +174,7 @@ class ExpertCache:
         Raises:
             Unavailable: an expert cannot be had; the step fails, the cache stays whole.
         """
+        self._follow_compute()
         with self._lock:
             slot_of = self._slot_of[layer]
             hits = tuple(e for e in needed if e in slot_of and slot_of[e].state is SlotState.READY)
@@ -257,6 +259,16 @@ class ExpertCache:
                     assert slot.state is not SlotState.LOADING, f"slot {slot.index} is not loading between steps"
                     assert (slot.state is SlotState.FREE) == (slot.history is None), "only FREE slots hold nothing"
                     assert slot.history is None or slot.history.expert.layer == layer, "slots keep to their layer"
+
+    def _follow_compute(self) -> None:
+        """A slot is READY for the stream that was told to wait for its copy; another thread computes on another one.
+
+        Start-up changes threads: slots are warmed and the engine is tried in different ones.
+        """
+        thread = threading.get_ident()
+        if thread != self._computing_thread:
+            self._device.synchronize()
+            self._computing_thread = thread
 
     # ------------------------------------------------------------------ states
 

@@ -173,8 +173,25 @@ def test_retirement_waits_for_copies_that_only_compute_was_told_to_wait_for(expe
     device = CountingDevice()
     with stack(3, device=device) as opened:
         use(opened, 0, [1, 2])
+        before = device.num_synchronized
         opened.expert_cache.blob_retired(ExpertId(0, expert))
-        assert device.num_synchronized == 1
+        assert device.num_synchronized == before + 1
+
+
+def test_another_thread_computes_only_with_what_has_arrived() -> None:
+    device = CountingDevice()
+    with stack(3, device=device) as opened:
+        use(opened, 0, [1, 2])
+        before = device.num_synchronized
+        use(opened, 1, [1, 2])
+        use(opened, 0, [1, 2])
+        assert device.num_synchronized == before, "one thread's stream knows what it waited for"
+        other = threading.Thread(target=use, args=(opened, 0, [1, 2]))
+        other.start()
+        other.join(DEADLINE_S)
+        assert device.num_synchronized == before + 1
+        use(opened, 0, [1, 2])
+        assert device.num_synchronized == before + 2, "and back"
 
 
 def test_retirement_waits_for_the_layer_that_computes_with_the_blob() -> None:
