@@ -141,6 +141,18 @@ def test_a_service_that_crashes_is_restarted_and_told(bench: Bench, name: str, t
         stack.take_down()
 
 
+def test_a_state_that_cannot_be_written_stops_nothing(bench: Bench) -> None:
+    (bench.folder / "stack.json.tmp").mkdir()
+    stack = bench.make()
+    try:
+        assert stack.bring_up()
+        assert bench.view.phase("ready").state is PhaseState.DONE
+        assert set(bench.view.notes) == {f"The state in {bench.folder} cannot be written (Is a directory)."}
+    finally:
+        stack.take_down()
+    assert (bench.folder / "stopped.txt").read_text().split() == ["node", "store"]
+
+
 def test_a_node_that_ends_while_loading_fails_the_start_with_its_last_words(bench: Bench) -> None:
     bench.node_module = "this"
     stack = bench.make()

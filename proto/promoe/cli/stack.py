@@ -173,8 +173,15 @@ class Stack:
         self._phases[name] = line
         if line != former:
             if line.state is not former.state:
-                self._run_dir.write_state(self._state(line))
+                self._write_state(line)
             self._view.show(self._status())
+
+    def _write_state(self, line: PhaseLine) -> None:
+        try:
+            self._run_dir.write_state(self._state(line))
+        except OSError as error:
+            # A full disk must not stop a stack that serves; the other commands then need --endpoint.
+            self._view.note(f"The state in {self._run_dir.path} cannot be written ({error.strerror}).")
 
     def _status(self) -> StackStatus:
         return StackStatus(tuple(self._phases.values()), self._footer)
