@@ -3,10 +3,8 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
-# sockaddr_un has room for 108 bytes, the last of them zero.
-_MAX_SOCKET_PATH_NBYTES: Final = 107
+from promoe.rpc import MAX_SOCKET_PATH_NBYTES
 
 
 def default_run_dir() -> Path:
@@ -56,9 +54,9 @@ class StoreConfig:
         if not all(uid.strip().isdecimal() for uid in self.allowed_uids.split(",") if uid.strip()):
             raise ValueError(f"store.allowed_uids is {self.allowed_uids!r}; expected numbers with commas between")
         for path in (self.fd_socket, self.listen_socket):
-            if path is not None and len(os.fsencode(path)) > _MAX_SOCKET_PATH_NBYTES:
+            if path is not None and len(os.fsencode(path.absolute())) > MAX_SOCKET_PATH_NBYTES:
                 raise ValueError(
-                    f"the socket path {path} is longer than {_MAX_SOCKET_PATH_NBYTES} bytes; set store.run_dir shorter"
+                    f"the socket path {path} is longer than {MAX_SOCKET_PATH_NBYTES} bytes; set store.run_dir shorter"
                 )
 
     @property
