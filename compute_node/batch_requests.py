@@ -40,6 +40,7 @@ class BatchRequests:
         self._refusal: str | None = None
         self._drawn: dict[str, SampledToken] = {}
         self._cancels: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._undrawn: list[str] = []
 
     def add(self, request: EngineRequest, sink: EventSink) -> None:
         """From any thread; raises Unavailable after `refuse`."""
@@ -65,8 +66,11 @@ class BatchRequests:
             self._fail(request_id, Unavailable(self._refusal))
 
     def take_cancelled(self) -> list[str]:
-        """Between two steps: ends the requests whose cancellation has come, and names them."""
-        cancelled: list[str] = []
+        """Between two steps: ends the requests whose cancellation has come.
+
+        Names those that the batch must go on without: the ended ones, and those whose draw failed.
+        """
+        cancelled, self._undrawn = self._undrawn, []
         while True:
             try:
                 request_id = self._cancels.get_nowait()
@@ -96,7 +100,13 @@ class BatchRequests:
         running = self._open.get(request_id)
         if running is None or running.request.sampling.is_plain_argmax:
             return None
-        token = running.draw(logits_V)
+        try:
+            token = running.draw(logits_V)
+        except PromoeError as error:
+            # Its neighbours' rows are none of its business: what the batch makes of this one is nobody's.
+            self._fail(request_id, error)
+            self._undrawn.append(request_id)
+            return None
         self._drawn[request_id] = token
         return token
 

@@ -1,11 +1,13 @@
 """What only continuous batching does: chunked prefill, shared prefixes, requests that lose their KV blocks."""
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from compute_node.batch_loop import KV_BLOCK_TOKENS, BatchLimits
 from compute_node.engine import EngineRequest
-from compute_node.sampling import RowSampler
+from compute_node.sampling import RowSampler, SampledToken
+from promoe.errors import InternalError
 from tests.compute_node.tiny_serving import (
     SpanRecorder,
     StepLog,
@@ -93,6 +95,30 @@ def test_rows_are_their_requests_own_when_others_are_in_the_middle_of_their_pref
         assert logs[0].token_ids() == alone[0][1:]
         long_ids = long.token_ids()
         assert submit(engine, engine_request("again", LONG_PROMPT, 4, temperature=1.5, seed=9)).token_ids() == long_ids
+
+
+@pytest.mark.parametrize("max_tokens", [1, 400])
+def test_a_row_that_cannot_be_drawn_from_fails_alone(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+) -> None:
+    draw = RowSampler.draw
+
+    def draw_nan(sampler: RowSampler, logits_V: torch.Tensor) -> SampledToken:
+        is_victim = sampler._sampling.seed == 13
+        return draw(sampler, torch.full_like(logits_V, torch.nan) if is_victim else logits_V)
+
+    monkeypatch.setattr(RowSampler, "draw", draw_nan)
+    ledger = SpanRecorder()
+    good = engine_request("good", [7, 8], 30, temperature=1.0, seed=1)
+    with continuous_engine(model, ledger=ledger) as engine:
+        alone = submit(engine, good).token_ids()
+        log = submit(engine, good)
+        first = log.until_token()
+        bad = submit(engine, engine_request("bad", [9], max_tokens, temperature=1.0, seed=13))
+        assert isinstance(bad.failure(), InternalError)
+        assert [first.token_id, *log.token_ids()] == alone
+        assert submit(engine, good).token_ids() == alone
+    assert len(ledger.spans_of("bad")) == 1, "the batch goes on without it"
 
 
 def test_plain_greedy_rows_are_left_to_transformers(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
