@@ -1,11 +1,13 @@
 """The demo takes nothing for an answer that is none."""
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
+import typer
 
-from promoe import Client, InternalError
-from promoe.cli.demo import ask_question
+from promoe import Client, InternalError, Unavailable
+from promoe.cli.demo import ask_question, demo_folder
 from promoe.cli.figures import answer_figures, node_figures, usage_document
 from promoe.cli.stop_signals import StopSignals
 from promoe.generation import ExpertUse, Usage
@@ -34,6 +36,27 @@ def test_an_answer_is_streamed_with_its_figures(
     assert capsys.readouterr().out == f"\nWhy?\nHello\n{answer_figures(usage)}\n"
     assert node.requests[0].sampling.max_tokens == 7
     assert not node.requests[0].sampling.HasField("temperature")
+
+
+@pytest.mark.parametrize(
+    ("end", "file", "is_kept"),
+    [
+        (None, "node.log", False),
+        (typer.Exit(130), "node.log", False),
+        (Unavailable("no wheel"), "stack.lock", False),
+        (Unavailable("see the log"), "node.log", True),
+    ],
+)
+def test_only_logs_of_a_demo_that_failed_are_kept(end: Exception | None, file: str, is_kept: bool) -> None:
+    try:
+        with demo_folder() as folder:
+            (folder / file).write_text("why")
+            if end is not None:
+                raise end
+    except (typer.Exit, Unavailable) as error:
+        assert error is end
+    assert folder.exists() is is_kept
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_an_empty_answer_is_a_failure(client: Client, node: ScriptedInference) -> None:

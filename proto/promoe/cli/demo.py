@@ -1,7 +1,10 @@
 """`promoe demo`: the stack on the demo model at half its experts, two questions, and the figures."""
 
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -18,7 +21,7 @@ from promoe.cli.stack_view import PlainView
 from promoe.cli.stop_signals import StopSignals
 from promoe.cli.up import UpOptions, brought_up
 from promoe.client import Client
-from promoe.errors import InternalError
+from promoe.errors import InternalError, PromoeError
 from promoe.generation import FinishReason, Usage
 
 _QUESTIONS: Final = ("What is the capital of France?", "Why do leaves change their colour in autumn?")
@@ -38,9 +41,8 @@ class DemoFlags:
 
 def demo(flags: DemoFlags) -> None:
     """Start everything on the demo model, ask two questions, print the figures, stop everything."""
-    # A folder of its own, with a short path: the demo may run beside a stack, and unix sockets allow 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="promoe-demo-", dir="/tmp") as folder, StopSignals() as stop:
-        run_dir = RunDir(flags.run_dir or Path(folder) / "run")
+    with demo_folder() as folder, StopSignals() as stop:
+        run_dir = RunDir(flags.run_dir or folder / "run")
         options = UpOptions(
             cache_rate=flags.cache_rate,
             device=flags.device,
@@ -54,6 +56,24 @@ def demo(flags: DemoFlags) -> None:
                     _print_summary(client, usages)
         if stop.asked:
             raise typer.Exit(130)
+
+
+@contextmanager
+def demo_folder() -> Iterator[Path]:
+    """A run folder's place, with a short path: the demo may run beside a stack, and unix sockets allow 107 bytes.
+
+    It is removed, unless services failed: then the error names the logs in it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="promoe-demo-", dir="/tmp"))
+    has_failed = False
+    try:
+        yield folder
+    except PromoeError:
+        has_failed = True
+        raise
+    finally:
+        if not (has_failed and any(folder.rglob("*.log"))):
+            shutil.rmtree(folder)
 
 
 def ask_question(client: Client, question: str, max_tokens: int, stop: StopSignals) -> Usage:
