@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import typer
@@ -48,13 +49,10 @@ def test_an_answer_is_streamed_with_its_figures(
     ],
 )
 def test_only_logs_of_a_demo_that_failed_are_kept(end: Exception | None, file: str, is_kept: bool) -> None:
-    try:
-        with demo_folder() as folder:
-            (folder / file).write_text("why")
-            if end is not None:
-                raise end
-    except (typer.Exit, Unavailable) as error:
-        assert error is end
+    with suppress(typer.Exit, Unavailable), demo_folder() as folder:
+        (folder / file).write_text("why")
+        if end is not None:
+            raise end
     assert folder.exists() is is_kept
     shutil.rmtree(folder, ignore_errors=True)
 
