@@ -8,12 +8,12 @@ from typing import Final
 from expert_store.arena import ArenaLayout
 from expert_store.blob_reader import BlobReader
 from expert_store.blob_table import BlobState, BlobTable
-from promoe.errors import PackDamaged
+from promoe.errors import PackDamaged, ResourceExhausted
 
 logger = logging.getLogger(__name__)
 
 MEND_RETRY_S: Final = 30.0
-"""Between two tries to read a blob whose pack file is damaged too, and between two reminders of a silent node."""
+"""Between two tries to read a blob (its pack file may be damaged too), and between two reminders of a silent node."""
 
 
 class Scrub:
@@ -68,7 +68,7 @@ class Scrub:
             try:
                 await loop.run_in_executor(self._threads, self._reader.load, [index])
                 break
-            except PackDamaged as error:
+            except (PackDamaged, ResourceExhausted) as error:
                 logger.error("%s stays withdrawn: %s", expert, error)
                 await asyncio.sleep(MEND_RETRY_S)
         self._table.publish([index])

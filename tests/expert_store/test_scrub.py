@@ -10,6 +10,7 @@ import pytest
 from expert_store import scrub as scrub_module
 from expert_store.blob_table import BlobsAdded, BlobState, BlobWithdrawn, Lease, StoreEvent
 from expert_store.scrub import Scrub
+from promoe.errors import ResourceExhausted
 from promoe.ids import ExpertId
 from tests.expert_store.arenas import PackAndArena, pack_and_arena
 from tests.packs import flip_bit
@@ -76,6 +77,27 @@ def test_damage_of_memory_and_pack_stays_withdrawn_until_the_pack_is_whole(
                 await asyncio.sleep(0)
             assert made.table.count(BlobState.PUBLISHED) == 7
             flip_bit(made.pack_dir, DAMAGED, made.manifest)
+            await published_again(made)
+
+        run_scrub(made, scenario)
+        assert made.holds(made.layout.index_of(DAMAGED))
+
+
+def test_a_blob_is_mended_when_there_is_memory_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def have_no_memory(offset: int, nbytes: int) -> None:
+        raise ResourceExhausted(f"No memory for {nbytes} bytes of the arena.")
+
+    monkeypatch.setattr(scrub_module, "MEND_RETRY_S", 0.01)
+    with pack_and_arena(tmp_path) as made:
+
+        async def scenario(scrub: Scrub) -> None:
+            with monkeypatch.context() as short:
+                short.setattr(made.arena.mapping, "populate", have_no_memory)
+                await scrub.run_once()
+                while "stays withdrawn: No memory" not in caplog.text:
+                    await asyncio.sleep(0)
             await published_again(made)
 
         run_scrub(made, scenario)
