@@ -64,7 +64,8 @@ def _ask_around(stack: StackState | None, endpoint: str) -> StackReport:
             cache = client.cache_stats(deadline_s=_DEADLINE_S)
     except PromoeError as error:
         troubles.append(str(error))
-    store_endpoint = stack.store_endpoint if stack else node.store.endpoint if node else ""
+    # The node knows its own store; the one of the stack here may be another node's.
+    store_endpoint = node.store.endpoint if node else stack.store_endpoint if stack else ""
     if store_endpoint:
         try:
             store = store_info(store_endpoint, _DEADLINE_S)
