@@ -26,7 +26,8 @@ class StoreConfig:
         fill_threads: parallel reads of the pack.
         adopt_wait_s: how long a restarted store waits for a living compute node to hand the arena back.
         scrub_interval_s: pause between two checks of all blobs in the arena; 0: only after adopting one.
-        allowed_uids: comma-separated user ids that may attach besides the store's own and root.
+        allowed_uids: comma-separated user ids that may attach besides the store's own and root. They need the group
+            of `run_dir` too: its sockets are for owner and group.
         drain_deadline_s: how long SIGTERM waits for running calls.
     """
 

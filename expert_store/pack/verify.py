@@ -1,4 +1,4 @@
-"""Checks a pack's bytes against its checksums. Torch-free: the store reads packs through here."""
+"""Checks a pack's bytes against its checksums. Torch-free, so that checking starts at once."""
 
 import os
 from collections.abc import Mapping
