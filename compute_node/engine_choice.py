@@ -26,7 +26,14 @@ from compute_node.engine import (
 from compute_node.interleaved_engine import InterleavedEngine
 from compute_node.sampling import Sampling
 from compute_node.step_ledger import Phase, StepLedger, TokenSpan
-from promoe.errors import InsufficientMemory, InternalError, ModelUnsupported, PromoeError, ResourceExhausted
+from promoe.errors import (
+    InsufficientMemory,
+    InternalError,
+    ModelUnsupported,
+    PromoeError,
+    ResourceExhausted,
+    Unavailable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +152,11 @@ class EngineStarter:
     def _probe(self, engine: ContinuousEngine, expected_V: torch.Tensor) -> str | None:
         """Draws one token; returns what is wrong with it, or None."""
         events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
-        engine.submit(EngineRequest(_PROBE_ID, _PROBE_PROMPT, 1, Sampling(), frozenset()), events.put)
+        try:
+            engine.submit(EngineRequest(_PROBE_ID, _PROBE_PROMPT, 1, Sampling(), frozenset()), events.put)
+        except Unavailable as error:
+            # What cannot be built is found by the engine's thread, which may have ended before it was asked.
+            return self._complaint(engine, error)
         token_id: int | None = None
         while True:
             try:

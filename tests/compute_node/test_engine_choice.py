@@ -5,6 +5,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compute_node.config import EngineChoice
+from compute_node.continuous_engine import ContinuousEngine
 from compute_node.engine import Engine, EngineKind
 from compute_node.engine_choice import EnginePlan, EngineStarter
 from compute_node.step_ledger import StepLedger
@@ -42,6 +43,23 @@ def test_auto_takes_the_engine_that_can_serve_the_family(family: str, kind: Engi
     finally:
         engine.stop()
     assert not steps.has_died
+
+
+def test_an_engine_that_ends_before_it_is_asked_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny_model("qwen3_next")
+    started = ContinuousEngine.start
+
+    def start_and_wait_for_the_end(engine: ContinuousEngine) -> None:
+        started(engine)
+        thread = engine._loop._generation_thread
+        assert thread is not None
+        thread.join(30)
+
+    monkeypatch.setattr(ContinuousEngine, "start", start_and_wait_for_the_end)
+    engine, reason = start(model, EngineChoice.AUTO)
+    engine.stop()
+    assert engine.kind is EngineKind.INTERLEAVED
+    assert "linear_attention" in reason
 
 
 def test_what_was_asked_for_is_taken() -> None:
