@@ -31,6 +31,7 @@ from compute_node.batch_requests import BatchRequests
 from compute_node.engine import StepObserver
 from compute_node.running_request import STEP_FAILURES, step_failure
 from compute_node.sampling import SampledToken
+from promoe.errors import PromoeError
 
 KV_BLOCK_TOKENS: Final = 32
 """Tokens of one KV block; shared prefixes are multiples of it."""
@@ -129,7 +130,8 @@ class BatchLoop(ContinuousBatchingManager):
             _admit_waiting(batch_processor)
         try:
             return bool(super()._generation_loop_body(batch_processor, bootstrapping))
-        except STEP_FAILURES as error:
+        except _StepFailed as failed:
+            error = failed.error
             # The forward pass raised, so no block of this step was marked complete: none of it can be shared.
             self._requests.fail_step(_rows_of(batch_processor), step_failure(error))
             batch_processor.handle_batch_error(error)
@@ -142,6 +144,8 @@ class BatchLoop(ContinuousBatchingManager):
         started_s = perf_counter()
         try:
             super()._generation_step()
+        except STEP_FAILURES as error:
+            raise _StepFailed(error) from error
         finally:
             self._requests.end_step()
             self._observe_step(phase, perf_counter() - started_s)
@@ -151,6 +155,14 @@ class BatchLoop(ContinuousBatchingManager):
             super()._run_generation_loop()
         finally:
             self._on_end()
+
+
+class _StepFailed(Exception):
+    """The forward pass of one step raised; anything that is raised around it ends the engine."""
+
+    def __init__(self, error: PromoeError | torch.OutOfMemoryError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def _admit_waiting(batch_processor: ContinuousBatchProcessor) -> None:

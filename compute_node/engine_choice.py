@@ -134,6 +134,9 @@ class EngineStarter:
         if complaint is not None:
             return None, complaint
         self._is_probing = False
+        if engine.fatal_error is not None:
+            # It died behind its last token, when nobody was to be told.
+            return None, _first_line(engine.fatal_error)
         return engine, ""
 
     def _plain_forward(self) -> torch.Tensor:

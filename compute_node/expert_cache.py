@@ -11,6 +11,7 @@ through `blob_retired` only. Slot states:
 A pinned slot never leaves READY. Experts are immutable, so eviction is forgetting.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -25,7 +26,10 @@ from compute_node.device.cpu import DONE
 from compute_node.device.seam import CopyTicket, Device
 from compute_node.eviction import Eviction, SlotHistory
 from compute_node.transfer import Load, LoadState, TransferEngine
+from promoe.errors import Unavailable
 from promoe.ids import ExpertId
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -216,9 +220,12 @@ class ExpertCache:
         """Fills every free slot with the layer's first experts, so that service starts with a full cache."""
         for layer in range(self.geometry.num_layers):
             experts = range(min(self.geometry.slots_per_layer, self.geometry.num_experts))
-            with self.acquire(layer, experts) as acquisition:
-                for _ in self.arrivals(acquisition):
-                    pass
+            try:
+                with self.acquire(layer, experts) as acquisition:
+                    for _ in self.arrivals(acquisition):
+                        pass
+            except Unavailable as error:
+                logger.warning("MoE layer %d starts without all of its experts: %s", layer, error)
         self.restart_counters()
         self._device.synchronize()
 

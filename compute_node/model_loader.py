@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from compute_node.expert_weights import TORCH_DTYPES, check_layout
 from compute_node.moe_forward import EXPERTS_IMPLEMENTATION, register_experts_function
-from promoe.errors import PackDamaged
+from promoe.errors import InsufficientMemory, PackDamaged
 from promoe.pack_manifest import DENSE_FOLDER, PackManifest
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ def load_model(pack_dir: Path, manifest: PackManifest, device: torch.device) -> 
     """Loads the dense rest of a pack.
 
     Raises:
+        InsufficientMemory: the dense weights do not fit the device.
         PackDamaged: a dense file is missing, truncated or not the one that was packed, or does not fit the model.
         ValueError: the pack's experts have parameters that cannot be computed with.
     """
@@ -48,7 +49,7 @@ def load_model(pack_dir: Path, manifest: PackManifest, device: torch.device) -> 
     _check_dense_files(pack_dir, manifest)
     register_experts_function()
     dense_dir = pack_dir / DENSE_FOLDER
-    config = AutoConfig.from_pretrained(dense_dir)
+    config = AutoConfig.from_pretrained(dense_dir, trust_remote_code=False)
     # Parameters are made on meta, so that experts never take memory; buffers are computed for real, as rotary
     # frequencies are in no checkpoint.
     with init_empty_weights(include_buffers=False):
@@ -58,7 +59,14 @@ def load_model(pack_dir: Path, manifest: PackManifest, device: torch.device) -> 
             experts_implementation=EXPERTS_IMPLEMENTATION,
         )
     experts_modules = _experts_modules(model, manifest)
-    _assign_dense(model, dense_dir, experts_modules, device)
+    try:
+        _assign_dense(model, dense_dir, experts_modules, device)
+    except torch.OutOfMemoryError:
+        dense_mib = sum(path.stat().st_size for path in dense_dir.glob("*.safetensors")) >> 20
+        raise InsufficientMemory(
+            f"The dense weights need {dense_mib} MiB of device memory, which is more than is free. "
+            "Free memory on the device, or use --device cpu."
+        ) from None
     if (dense_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(dense_dir)
     model.eval().requires_grad_(False)

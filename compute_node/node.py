@@ -7,10 +7,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Final
 
 import torch
-from prometheus_client import CollectorRegistry, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Gauge
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ from compute_node.config import ComputeConfig
 from compute_node.device.choice import ChosenDevice, choose_device
 from compute_node.engine import Engine
 from compute_node.engine_choice import EnginePlan, EngineStarter
+from compute_node.eviction import eviction_named
 from compute_node.expert_path import ExpertPath
 from compute_node.memory_plan import MemoryNeeds, MemoryPlan, plan_memory
 from compute_node.model_loader import LoadedModel, load_model
@@ -33,7 +35,7 @@ from compute_node.service import InferenceService
 from compute_node.step_ledger import Phase, StepLedger
 from compute_node.store_client import AttachProgress, StoreClient, StoreState
 from promoe import telemetry
-from promoe.errors import AlreadyRunning
+from promoe.errors import PackDamaged
 from promoe.ids import ExpertId
 from promoe.model_spec import ModelSpec
 from promoe.pack_manifest import DENSE_FOLDER, PackManifest
@@ -84,6 +86,9 @@ class ComputeNode:
         config = self._config
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        # What can be wrong is found before what takes long.
+        eviction_named(config.eviction)
+        tokenizer = _load_tokenizer(config.pack / DENSE_FOLDER)
         chosen = choose_device(config.device, config.link_bytes_per_s)
         logger.info("Device: %s (%s), %s.", chosen.device.kind, chosen.device.name, chosen.reason)
         loaded = load_model(config.pack, self._manifest, chosen.device.torch_device)
@@ -122,7 +127,10 @@ class ComputeNode:
             engine_reason,
             _device_report(chosen, path, config.link_bytes_per_s),
         )
-        return self._build_service(loaded, engine, plan, metrics, identity, report)
+        codec = PromptCodec(
+            tokenizer, PromptLimits(self.spec.vocab_size, plan.max_context_tokens, config.max_prompt_bytes)
+        )
+        return self._build_service(engine, codec, _eos_token_ids(loaded, tokenizer), metrics, identity, report)
 
     async def drain(self) -> None:
         """Refuses new requests; finishes or, at the deadline, cancels the accepted ones."""
@@ -150,25 +158,20 @@ class ComputeNode:
 
     def _build_service(
         self,
-        loaded: LoadedModel,
         engine: Engine,
-        plan: MemoryPlan,
+        codec: PromptCodec,
+        eos_token_ids: frozenset[int],
         metrics: RequestMetrics,
         identity: NodeIdentity,
         report: CacheReport,
     ) -> InferenceService:
         config = self._config
-        tokenizer = AutoTokenizer.from_pretrained(config.pack / DENSE_FOLDER)
-        assert isinstance(tokenizer, PreTrainedTokenizerBase), "AutoTokenizer makes tokenizers"
-        codec = PromptCodec(
-            tokenizer, PromptLimits(self.spec.vocab_size, plan.max_context_tokens, config.max_prompt_bytes)
-        )
         self._admission = Admission(
             engine,
             AdmissionLimits(config.max_concurrent_requests, config.max_queued_requests, config.request_deadline_s),
             metrics,
         )
-        answerer = Answerer(self._admission, codec, _eos_token_ids(loaded, tokenizer), metrics)
+        answerer = Answerer(self._admission, codec, eos_token_ids, metrics)
         return InferenceService(answerer, codec, self._admission, identity, report)
 
     def _publish_metrics(self, report: CacheReport) -> None:
@@ -179,16 +182,9 @@ class ComputeNode:
         busy.set_function(lambda: report.transfers.stats().link_busy_s)
         attached = Gauge(telemetry.STORE_ATTACHED, "1 while the store is attached.", registry=self._registry)
         attached.set_function(lambda: float(report.store.state is StoreState.ATTACHED))
-        if not self._config.metrics_listen:
-            return
-        host, _, port = self._config.metrics_listen.rpartition(":")
-        try:
-            server, thread = start_http_server(int(port), host or "127.0.0.1", registry=self._registry)
-        except OSError as error:
-            raise AlreadyRunning(f"{self._config.metrics_listen} cannot be listened on: {error}.") from error
-        self._closers.callback(thread.join)
-        self._closers.callback(server.server_close)
-        self._closers.callback(server.shutdown)
+        self._closers.enter_context(
+            telemetry.metrics_page(self._registry, "compute.metrics_listen", self._config.metrics_listen)
+        )
 
 
 class _AttachLog:
@@ -202,7 +198,7 @@ class _AttachLog:
         if step > self._said:
             self._said = step
             logger.info(
-                "The store has %.0f of %.0f MiB; %.0f MiB are registered here.",
+                "The store has %.0f of %.0f MiB; %.0f MiB are mapped here.",
                 progress.filled_nbytes / 2**20,
                 progress.total_nbytes / 2**20,
                 progress.registered_nbytes / 2**20,
@@ -217,6 +213,20 @@ def _device_report(chosen: ChosenDevice, path: ExpertPath, link_bytes_per_s: flo
         link=path.transfers.link_description,
         emulated_link_bytes_per_s=None if link_bytes_per_s is None else int(link_bytes_per_s),
     )
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Never runs code that came with a model.
+
+    Raises:
+        PackDamaged: the pack has no tokenizer that Transformers can load.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise PackDamaged(f"{folder} has no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase), "AutoTokenizer makes tokenizers"
+    return tokenizer
 
 
 def _eos_token_ids(loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

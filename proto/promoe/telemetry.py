@@ -2,7 +2,13 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from promoe.errors import AlreadyRunning
 
 # Prometheus metric names, by the glossary. Counters get `_total` from the client library.
 HITS: Final = "promoe_expert_hits"
@@ -27,6 +33,8 @@ FILL_SECONDS: Final = "promoe_fill_seconds"
 DAMAGED_BLOBS: Final = "promoe_damaged_blobs"
 LEASES: Final = "promoe_leases"
 
+_MAX_PORT: Final = 65535
+
 LATENCY_BUCKETS_S: Final = (
     0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
@@ -39,3 +47,34 @@ def configure_logging(process: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+
+
+@contextmanager
+def metrics_page(registry: CollectorRegistry, setting: str, listen: str) -> Iterator[None]:
+    """Serves the registry's Prometheus page while entered; nothing for an empty address.
+
+    Args:
+        registry: what the page shows.
+        setting: the name of the setting that `listen` comes from, for the error.
+        listen: `host:port`.
+
+    Raises:
+        ValueError: the address is not `host:port`.
+        AlreadyRunning: it is taken.
+    """
+    if not listen:
+        yield
+        return
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > _MAX_PORT:
+        raise ValueError(f"{setting} is {listen!r}; expected host:port")
+    try:
+        server, thread = start_http_server(int(port), addr=host, registry=registry)
+    except OSError as error:
+        raise AlreadyRunning(f"The metrics page cannot listen on {listen} ({error.strerror}).") from error
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -2,6 +2,7 @@
 
 import ctypes
 import faulthandler
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,9 +38,11 @@ def make_arena(geometry: ArenaGeometry, fingerprint: str = "model") -> int:
 
 @pytest.fixture(autouse=True)
 def _no_descriptor_leaks() -> Iterator[None]:
+    gc.collect()  # what other tests left to the collector is not a leak of these
     before = len(list(Path("/proc/self/fd").iterdir()))
     yield
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 @given(st.integers(1, 2000), st.integers(1, 200_000))

