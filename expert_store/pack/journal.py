@@ -59,11 +59,14 @@ class PackJournal:
         self._write("dense.json", checksums)
 
     def adopt(self, manifest: PackManifest) -> None:
-        """Takes a finished pack apart, so that its sound parts are reused and its damaged ones made again."""
+        """Takes down what a finished pack claims; the pack stays one."""
         for layer, checksums in enumerate(manifest.blob_checksums):
             self.record_layer(layer, checksums)
         self.record_dense(manifest.dense_checksums)
-        (self._pack_dir / MANIFEST_FILE).unlink()
+
+    def take_apart(self) -> None:
+        """Makes a finished pack an unfinished one, before any part of it is made again; idempotent."""
+        (self._pack_dir / MANIFEST_FILE).unlink(missing_ok=True)
 
     def _discard(self) -> None:
         for folder in (self._folder, self._pack_dir / EXPERTS_FOLDER, self._pack_dir / DENSE_FOLDER):

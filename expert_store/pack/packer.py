@@ -106,6 +106,9 @@ class _Packing:
         missing = [layer for layer in range(self.spec.num_moe_layers) if layer not in finished]
         dense_todo_nbytes = 0 if dense is not None else self.dense_nbytes
         self._refuse_small_disk(dense_todo_nbytes + len(missing) * self.layer_nbytes)
+        if missing or dense is None:
+            # Not before: a sound pack stays one, however this call may end.
+            journal.take_apart()
         if self.plan.ignored:
             self.progress.note(
                 f"The model has no place for {len(self.plan.ignored)} tensors of the checkpoint, for example "

@@ -163,6 +163,46 @@ def test_a_damaged_pack_is_mended(model: Path, pack: Path, reference: PackManife
     assert layer_file(pack, 0).stat().st_ino == sound
 
 
+class StopWhileChecking(NoProgress):
+    """Raises at the first blob that is compared."""
+
+    def advance(self, nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_sound_pack_stays_one_when_its_check_is_stopped(model: Path, pack: Path, reference: PackManifest) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pack_checkpoint(model, pack, progress=StopWhileChecking())
+    assert verify_pack(pack) == reference
+    assert pack_checkpoint(model, pack) == reference
+    assert not (pack / WORK_FOLDER).exists()
+
+
+def test_a_pack_that_cannot_be_mended_for_want_of_room_is_not_taken_apart(
+    model: Path, pack: Path, reference: PackManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip_bit(layer_file(pack, 1), 5)
+    usage = shutil.disk_usage(pack)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+        with pytest.raises(ResourceExhausted, match=r"0\.00 GB are free"):
+            pack_checkpoint(model, pack)
+    assert PackManifest.read(pack) == reference
+    assert pack_checkpoint(model, pack) == reference
+    assert verify_pack(pack) == reference
+
+
+def test_a_pack_whose_mending_is_stopped_is_none_until_it_is_mended(
+    model: Path, pack: Path, reference: PackManifest
+) -> None:
+    flip_bit(layer_file(pack, 1), 5)
+    with pytest.raises(KeyboardInterrupt):  # the first three layers that are told of are the checked ones
+        pack_checkpoint(model, pack, progress=StopAtLayer(4, KeyboardInterrupt()))
+    assert not (pack / MANIFEST_FILE).exists()
+    assert pack_checkpoint(model, pack) == reference
+    assert verify_pack(pack) == reference
+
+
 @pytest.mark.parametrize("text", ["{", '{"pack_version": 99}'])
 def test_a_pack_whose_manifest_is_damaged_is_made_anew(
     model: Path, pack: Path, reference: PackManifest, text: str
