@@ -14,7 +14,7 @@ from compute_node.config import ComputeConfig
 from compute_node.node import ComputeNode
 from compute_node.service import SERVICE_NAME
 from promoe.config import LogConfig, Settings
-from promoe.errors import PromoeError
+from promoe.errors import PromoeError, exit_status
 from promoe.rpc import RpcServer
 from promoe.telemetry import configure_logging
 
@@ -59,7 +59,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 after SIGTERM, 1 when the node cannot run, 2 for a wrong configuration."""
+    """Exit status: 0 after SIGTERM, 1 when the node cannot run, 2 for a wrong configuration, 3 for a damaged pack."""
     parser = argparse.ArgumentParser(
         prog="python -m compute_node", description="Runs a packed model with an expert cache."
     )
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except PromoeError as error:
         sys.stderr.write(f"compute_node: {error}\n")
-        return 1
+        return exit_status(error)
     return 0
 
 

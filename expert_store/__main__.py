@@ -17,7 +17,7 @@ from expert_store.service import SERVICE_NAME, ExpertStoreService
 from expert_store.store import ExpertStore
 from promoe.arena import ARENA_KINDS
 from promoe.config import LogConfig, Settings
-from promoe.errors import PromoeError, Unavailable
+from promoe.errors import PromoeError, Unavailable, exit_status
 from promoe.pack_manifest import PackManifest
 from promoe.rpc import RpcServer
 from promoe.telemetry import configure_logging
@@ -88,7 +88,7 @@ async def _announce(server: RpcServer, full: asyncio.Event) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 after SIGTERM, 1 when the store cannot run, 2 for a wrong configuration."""
+    """Exit status: 0 after SIGTERM, 1 when the store cannot run, 2 for a wrong configuration, 3 for a damaged pack."""
     parser = argparse.ArgumentParser(
         prog="python -m expert_store", description="Holds all experts of one pack in shared memory."
     )
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except PromoeError as error:
         sys.stderr.write(f"expert_store: {error}\n")
-        return 1
+        return exit_status(error)
     return 0
 
 

@@ -99,6 +99,15 @@ _MAX_TEXT_NBYTES: Final = 2000
 """gRPC replaces a status whose text does not fit its metadata (8 KiB, percent-encoded: up to 3 bytes for one)."""
 
 
+EXIT_PACK_DAMAGED: Final = 3
+"""Exit status of a service that found its pack damaged: who started it may know how the pack is made."""
+
+
+def exit_status(error: PromoeError) -> int:
+    """What a service that this error keeps from running ends with."""
+    return EXIT_PACK_DAMAGED if isinstance(error, PackDamaged) else 1
+
+
 def wire_text(error: BaseException) -> str:
     """The error's sentence as it travels: never empty, valid UTF-8, and short enough for gRPC's metadata."""
     encoded = (str(error) or type(error).__name__).encode(errors="replace")

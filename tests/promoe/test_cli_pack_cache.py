@@ -28,7 +28,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def make_pack(folder: Path, dtype: Dtype = Dtype.BFLOAT16) -> Path:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     spec = ModelSpec("tiny", "mixtral", "ab", 1, 2, 1, 4, 10, 32, ExpertLayout.of(dtype, {"w": (4, 4)}))
     PackManifest(spec, (("0", "1"),), ("layers.0.mlp",), {}, {}).write(folder)
     return folder
@@ -36,8 +36,7 @@ def make_pack(folder: Path, dtype: Dtype = Dtype.BFLOAT16) -> Path:
 
 def finish(plan: PackPlan) -> None:
     """What the steps would do."""
-    plan.pack_dir.mkdir(parents=True)
-    (plan.pack_dir / MANIFEST_FILE).write_text("{}")
+    make_pack(plan.pack_dir)
 
 
 def test_a_pack_is_used_as_it_is(home: Path, tmp_path: Path) -> None:
@@ -63,7 +62,7 @@ def test_a_checkpoint_is_packed_once_per_content_and_dtype(home: Path, checkpoin
     assert plan.pack_dir.parent == home / "packs"
     assert plan.pack_dir.name.startswith("My-Model-native-")
     finish(plan)
-    assert plan_pack(str(checkpoint), None) == PackPlan(plan.model, plan.pack_dir, ())
+    assert plan_pack(str(checkpoint), None) == PackPlan(plan.model, plan.pack_dir, (), plan.mend_command)
 
     other = plan_pack(str(checkpoint), "float32")
     assert other.pack_dir != plan.pack_dir
@@ -73,6 +72,22 @@ def test_a_checkpoint_is_packed_once_per_content_and_dtype(home: Path, checkpoin
     changed = plan_pack(str(checkpoint), None)
     assert changed.pack_dir != plan.pack_dir
     assert changed.steps
+
+
+@pytest.mark.parametrize("text", ["{", '{"pack_version": 99}'])
+def test_a_cached_pack_that_cannot_be_read_is_made_again(home: Path, checkpoint: Path, text: str) -> None:
+    plan = plan_pack(str(checkpoint), None)
+    finish(plan)
+    (plan.pack_dir / MANIFEST_FILE).write_text(text)
+    assert plan_pack(str(checkpoint), None) == plan
+
+
+def test_a_cached_pack_comes_with_the_command_that_mends_it(home: Path, checkpoint: Path, tmp_path: Path) -> None:
+    plan = plan_pack(str(checkpoint), "float32")
+    assert plan.mend_command == f"promoe pack '{checkpoint}' {plan.pack_dir} --dtype float32"
+    demo = plan_pack(DEMO_MODEL, None)
+    assert demo.mend_command == f"promoe pack {demo.steps[0].arguments[0]} {demo.pack_dir}"
+    assert plan_pack(str(make_pack(tmp_path / "own")), None).mend_command is None
 
 
 def test_one_checkpoint_by_two_paths_is_one_pack(home: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from promoe.cli.stack_plan import StackPlan
 from promoe.cli.stack_view import PhaseLine, PhaseState, StackStatus
 from promoe.cli.stop_signals import StopSignals
 from promoe.cli.supervisor import ServiceCommand
-from promoe.errors import Unavailable
+from promoe.errors import EXIT_PACK_DAMAGED, PackDamaged, Unavailable
 from promoe.pack_manifest import MANIFEST_FILE
+from tests.promoe.specs import manifest_of, small_spec
 
 DEADLINE_S = 30.0
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,6 +166,23 @@ def test_a_node_that_ends_while_loading_fails_the_start_with_its_last_words(benc
     assert (bench.folder / "stopped.txt").read_text().split() == ["store"]
 
 
+@pytest.mark.parametrize("mend_command", ["promoe pack tiny /packs/tiny", None])
+def test_a_pack_that_a_service_found_damaged_is_told_with_what_mends_it(bench: Bench, mend_command: str | None) -> None:
+    (bench.folder / "modules").mkdir()
+    (bench.folder / "modules" / "picky.py").write_text(f"raise SystemExit({EXIT_PACK_DAMAGED})")
+    os.environ["PYTHONPATH"] += f":{bench.folder / 'modules'}"
+    bench.pack = PackPlan("tiny", bench.folder / "pack", (), mend_command)
+    bench.node_module = "picky"
+    stack = bench.make()
+    try:
+        with pytest.raises(PackDamaged if mend_command else Unavailable, match="ended with exit code 3") as caught:
+            stack.bring_up()
+    finally:
+        stack.take_down()
+    assert str(caught.value).endswith(mend_command or "")
+    assert ("only what is damaged" in str(caught.value)) is (mend_command is not None)
+
+
 def test_a_signal_while_starting_ends_the_start(bench: Bench) -> None:
     stack = bench.make()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -205,7 +223,12 @@ def make_packer(bench: Bench, code: str) -> None:
 
 
 def test_packs_on_first_use_and_only_then(bench: Bench) -> None:
-    make_packer(bench, f"p = pathlib.Path(sys.argv[1]); p.mkdir(); (p / '{MANIFEST_FILE}').write_text('x')")
+    manifest_of(small_spec()).write(bench.folder)
+    make_packer(
+        bench,
+        f"p = pathlib.Path(sys.argv[1]); p.mkdir(); "
+        f"(p / '{MANIFEST_FILE}').write_bytes((p.parents[1] / '{MANIFEST_FILE}').read_bytes())",
+    )
     for _ in range(2):  # the second time the pack is there: mkdir would fail
         stack = bench.make()
         try:

@@ -7,14 +7,17 @@ from hypothesis import strategies as st
 
 from promoe import errors
 from promoe.errors import (
+    EXIT_PACK_DAMAGED,
     STATUS_OF_ERROR,
     InternalError,
     InvalidInput,
     ModelMismatch,
     Overloaded,
+    PackDamaged,
     PromoeError,
     Unavailable,
     error_of,
+    exit_status,
     status_of,
     wire_text,
 )
@@ -91,3 +94,9 @@ def test_a_sentence_always_fits_the_wire(text: str) -> None:
 
 def test_an_error_without_a_sentence_sends_its_name() -> None:
     assert wire_text(ValueError()) == "ValueError"
+
+
+def test_only_a_damaged_pack_has_an_exit_status_of_its_own() -> None:
+    assert exit_status(PackDamaged("L1E3 is damaged.")) == EXIT_PACK_DAMAGED
+    others = [error_type for error_type, _ in STATUS_OF_ERROR if error_type is not PackDamaged]
+    assert {exit_status(error_type("No.")) for error_type in others} == {1}

@@ -1,5 +1,5 @@
 """A compute node that cannot start says in one sentence what is in the way, and leaves with a status that tells whose
-mistake it is: 2 for a setting, 1 for the world around it.
+mistake it is: 2 for a setting, 3 for a damaged pack, 1 for the world around it.
 """
 
 import logging
@@ -98,7 +98,7 @@ def test_no_pack_and_half_a_pack_are_told_apart(start: Start, tiny_pack: Path, t
     half = shutil.copytree(tiny_pack, tmp_path / "half")
     (half / "manifest.json").unlink()
     status, line = start(f"compute.pack={half}")
-    assert (status, f"{half} is not a finished pack: it has no manifest.json. Run" in line) == (1, True)
+    assert (status, f"{half} is not a finished pack: it has no manifest.json. Run" in line) == (3, True)
 
 
 def test_a_damaged_dense_file_is_refused_by_name(start: Start, tiny_pack: Path, tmp_path: Path) -> None:
@@ -108,10 +108,10 @@ def test_a_damaged_dense_file_is_refused_by_name(start: Start, tiny_pack: Path, 
     content[-9] ^= 0x10
     weights.write_bytes(content)
     status, line = start(f"compute.pack={damaged}")
-    assert (status, f"{weights} is not the file that was packed" in line) == (1, True)
+    assert (status, f"{weights} is not the file that was packed" in line) == (3, True)
     os.truncate(weights, 100)
     status, line = start(f"compute.pack={damaged}")
-    assert (status, f"{weights} is not the file that was packed" in line) == (1, True)
+    assert (status, f"{weights} is not the file that was packed" in line) == (3, True)
 
 
 def test_the_pack_of_another_model_than_the_stores_is_refused_with_both_sides(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -242,6 +243,21 @@ def test_a_checkpoint_that_cannot_be_packed_fails_with_the_packer_s_sentence(hom
     assert ended.returncode == 1
     assert "failed with exit code 1; what it said is above" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_damaged_pack_in_the_cache_is_mended_by_the_command_that_is_printed(home: Home, checkpoint: Path) -> None:
+    (home.path / "cache").unlink()
+    arguments = ("up", str(checkpoint), "--listen", "127.0.0.1:0", "--memory", "1MB", *FEW_RESOURCES)
+    assert "short" in home.run(*arguments).stderr  # it packs, and then the node refuses
+    flip_bit(pack_of(home), ExpertId(1, 3), PackManifest.read(pack_of(home)))
+    refused = home.run(*arguments)
+    assert refused.returncode == 1
+    assert "L1E3" in refused.stderr
+    command = re.search(r"^promoe (pack .*)$", refused.stderr, re.MULTILINE)
+    assert command, refused.stderr
+    assert home.run(*shlex.split(command[1])).returncode == 0
+    assert "short" in home.run(*arguments).stderr
 
 
 @pytest.mark.slow

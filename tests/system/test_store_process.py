@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expert_store.arena import ArenaLayout
-from promoe.errors import PackDamaged
+from promoe.errors import EXIT_PACK_DAMAGED, PackDamaged
 from promoe.fd_channel import FdOp, receive_packet
 from promoe.ids import ExpertId
 from promoe.pack_manifest import PackManifest, layer_file
@@ -46,7 +46,7 @@ def run_to_end(pack_dir: Path, folder: Path, *settings: str) -> tuple[int, str]:
 def test_a_damaged_pack_is_refused_with_file_and_expert(tmp_path: Path, manifest: PackManifest) -> None:
     flip_bit(tmp_path / "pack", ExpertId(1, 2), manifest)
     status, text = run_to_end(tmp_path / "pack", tmp_path)
-    assert status == 1
+    assert status == EXIT_PACK_DAMAGED
     assert "layer_00001.bin: the blob of L1E2 is damaged" in text
     assert "did not verify; reading it once more" in text
 
@@ -54,14 +54,14 @@ def test_a_damaged_pack_is_refused_with_file_and_expert(tmp_path: Path, manifest
 def test_a_truncated_pack_is_refused_before_anything_is_read(tmp_path: Path, manifest: PackManifest) -> None:
     os.truncate(layer_file(tmp_path / "pack", 0), 5000)
     status, text = run_to_end(tmp_path / "pack", tmp_path)
-    assert status == 1
+    assert status == EXIT_PACK_DAMAGED
     assert f"has 5000 bytes where the manifest implies {4 * manifest.spec.layout.blob_stride_nbytes}" in text
 
 
 def test_half_a_pack_and_no_pack_are_told_apart(tmp_path: Path, manifest: PackManifest) -> None:
     (tmp_path / "pack" / "manifest.json").unlink()
     status, text = run_to_end(tmp_path / "pack", tmp_path)
-    assert (status, "not a finished pack" in text) == (1, True)
+    assert (status, "not a finished pack" in text) == (EXIT_PACK_DAMAGED, True)
     status, text = run_to_end(tmp_path / "no such pack", tmp_path)
     assert (status, "There is no folder" in text) == (1, True)
 
@@ -190,7 +190,7 @@ def test_a_store_that_waits_for_its_arena_is_not_healthy_and_tells_who_waits_why
                     requests.put(hello)
                 assert isinstance(domain_error(caught.value), PackDamaged)
                 assert "layer_00000.bin: the blob of L0E1 is damaged" in str(domain_error(caught.value))
-                assert adopting.process.wait(timeout=20) == 1
+                assert adopting.process.wait(timeout=20) == EXIT_PACK_DAMAGED
 
 
 def test_two_nodes_share_one_copy_of_the_experts(tmp_path: Path) -> None:

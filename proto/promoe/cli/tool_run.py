@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Final
 
 from promoe.cli.console import state_console
-from promoe.cli.pack_cache import HOME_VARIABLE, PackPlan, ToolCommand
+from promoe.cli.pack_cache import HOME_VARIABLE, PackPlan, ToolCommand, is_packed
 from promoe.cli.stop_signals import StopSignals
 from promoe.cli.supervisor import launch_arguments
 from promoe.errors import ResourceExhausted, Unavailable
-from promoe.pack_manifest import MANIFEST_FILE
 
 _POLL_S: Final = 0.1
 _STOP_DEADLINE_S: Final = 5.0
@@ -33,7 +32,7 @@ def make_pack(plan: PackPlan, stop: StopSignals) -> bool:
     with _alone(plan.pack_dir.with_name(f"{plan.pack_dir.name}.lock"), stop) as is_alone:
         if not is_alone:
             return False
-        if (plan.pack_dir / MANIFEST_FILE).is_file():
+        if is_packed(plan.pack_dir):
             return True
         return all(_run_step(step, stop) for step in plan.steps)
 
