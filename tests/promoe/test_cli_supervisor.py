@@ -1,6 +1,7 @@
 """Supervision of real processes: crash, restart, giving up, stopping, and dying with the parent."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from promoe.cli import supervisor
 from promoe.cli.stop_signals import StopSignals
 from promoe.cli.supervisor import RestartPolicy, Service, ServiceCommand, ServiceState, launch_arguments
 from promoe.errors import Unavailable
@@ -98,6 +100,62 @@ def test_gives_up_with_the_last_words_of_the_last_life(make_service: Callable[[s
     assert (service.state, service.num_crashes) == (ServiceState.FAILED, 3)
     assert service.command.log.read_text().count("no memory") == 3
     assert service.last_words() == "no memory for 7 GiB"
+
+
+@pytest.fixture
+def small_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "MAX_LOG_NBYTES", 1000)
+
+
+def test_a_long_log_is_begun_anew_under_a_running_service(
+    small_logs: None, make_service: Callable[[str], Service], tmp_path: Path
+) -> None:
+    service = make_service(
+        "import pathlib, time\n"
+        "print('old' * 400, flush=True)\n"
+        f"log = pathlib.Path({str(tmp_path / 'tiny.log')!r})\n"
+        "while log.stat().st_size: time.sleep(0.01)\n"
+        "print('new', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    log = service.command.log
+    service.start()
+
+    def has_begun_anew() -> bool:
+        service.watch()
+        return service.last_words() == "new"
+
+    wait_for(has_begun_anew)
+    assert log.read_text() == "new\n"
+    assert log.with_name("tiny.log.1").read_text() == "old" * 400 + "\n"
+
+
+def test_a_long_log_of_former_services_is_put_aside_at_the_start(
+    small_logs: None, make_service: Callable[[str], Service]
+) -> None:
+    service = make_service("print('hello')")
+    log = service.command.log
+    log.with_name("tiny.log.1").write_text("older")
+    log.write_text("old" * 400)
+    service.start()
+    wait_for(lambda: service.last_words() == "hello")
+    assert log.read_text() == "hello\n"
+    assert log.with_name("tiny.log.1").read_text() == "old" * 400
+
+
+def test_without_room_for_the_former_log_the_new_one_goes_on(
+    small_logs: None, make_service: Callable[[str], Service]
+) -> None:
+    service = make_service("print('hello')")
+    service.command.log.write_text("old" * 400)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # Python ignores SIGXFSZ
+    try:
+        service.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    wait_for(lambda: service.last_words() == "hello")
+    assert not service.command.log.with_name("tiny.log.1").exists()
 
 
 def test_a_long_life_starts_a_new_row_of_crashes(make_service: Callable[..., Service]) -> None:

@@ -1,6 +1,7 @@
 """One service process: started, watched, restarted with backoff, stopped. Knows no service and no model."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typing import Final
 from promoe.errors import Unavailable
 
 _LAST_WORDS: Final = 12
+MAX_LOG_NBYTES: Final = 8 << 20
+"""A longer log is begun anew, and one former log is kept: run folders often lie in memory."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class ServiceCommand:
         name: what people call it.
         module: Python module that is the service.
         arguments: its command line.
-        log: file that its output is appended to.
+        log: file that its output is appended to; beside it, with `.1` at the end, the one before it.
         stop_deadline_s: how long it may take to stop by itself.
     """
 
@@ -88,6 +91,7 @@ class Service:
     def start(self) -> None:
         """Starts the process."""
         assert self.state in (ServiceState.STOPPED, ServiceState.BACKOFF), f"started while {self.state.value}"
+        self._bound_log()
         with self.command.log.open("ab") as log:
             self._log_offset = log.tell()
             self._process = subprocess.Popen(
@@ -106,6 +110,7 @@ class Service:
         Raises:
             Unavailable: the process crashed too often; the text has its last words.
         """
+        self._bound_log()
         now_s = time.perf_counter()
         if self.state is ServiceState.RUNNING and self.exit_code() is not None:
             if now_s - self._started_s >= self._policy.stable_s:
@@ -162,6 +167,22 @@ class Service:
             log.seek(max(self._log_offset, log.seek(0, os.SEEK_END) - 16384))
             lines = log.read().decode(errors="replace").splitlines()
         return "\n".join(lines[-num_lines:])
+
+    def _bound_log(self) -> None:
+        """Copies and empties: the process goes on appending to the file that it has open."""
+        log = self.command.log
+        try:
+            if log.stat().st_size <= MAX_LOG_NBYTES:
+                return
+        except FileNotFoundError:
+            return
+        former = log.with_name(f"{log.name}.1")
+        try:
+            shutil.copyfile(log, former)
+        except OSError:
+            former.unlink(missing_ok=True)  # no room for both: what comes matters more than what was
+        os.truncate(log, 0)
+        self._log_offset = 0
 
     def ending(self) -> str:
         """How it ended, and where its log is."""
