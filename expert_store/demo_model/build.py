@@ -4,6 +4,7 @@ Torch and gguf are imported only when something is to be built: the usual call f
 """
 
 import fcntl
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -82,13 +83,24 @@ def is_finished(out_dir: Path, release: Release = DEMO_RELEASE) -> bool:
         return False
 
 
-def _stamp(folder: Path, release: Release) -> dict[str, int | str | dict[str, str]]:
-    """What a finished folder's stamp says: which model it is, and the checksum of each of its files."""
+def release_id(release: Release = DEMO_RELEASE) -> str:
+    """12 hexadecimal digits that change whenever another folder would be built."""
+    return hashlib.sha256(json.dumps(_contents(release)).encode()).hexdigest()[:12]
+
+
+def _contents(release: Release) -> dict[str, int | str]:
     return {
         "format": FOLDER_FORMAT,
         "gguf_sha256": release.gguf_sha256,
         "delta_sha256": release.delta_sha256,
         "weights_sha256": release.weights_sha256,
+    }
+
+
+def _stamp(folder: Path, release: Release) -> dict[str, int | str | dict[str, str]]:
+    """What a finished folder's stamp says: which model it is, and the checksum of each of its files."""
+    return {
+        **_contents(release),
         "files": {name: sha256_of(folder / name) for name in _CHECKPOINT_FILES},
     }
 

