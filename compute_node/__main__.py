@@ -51,7 +51,7 @@ async def serve(config: ComputeConfig) -> None:
     finally:
         node.close()
     if node.has_died:
-        raise PromoeError("The engine died; the log above has the reason.")
+        raise PromoeError("The engine or the store client died; the log above has the reason.")
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

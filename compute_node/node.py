@@ -53,7 +53,7 @@ class ComputeNode:
         config: what was asked for.
 
     Attributes:
-        has_died: the engine ended without having been stopped.
+        has_died: the engine or the store client ended without having been stopped.
         experts_modules: by MoE layer, for watching the routing; empty before `start`.
 
     Raises:
@@ -78,7 +78,7 @@ class ComputeNode:
         """Loads and tries everything; blocks until the node can answer.
 
         Args:
-            on_death: called on `loop` when the engine died; the node is of no use then.
+            on_death: called on `loop` when `has_died` becomes true; the node is of no use then.
 
         Raises:
             PromoeError, ValueError: what keeps it from serving.
@@ -97,15 +97,16 @@ class ComputeNode:
         logger.info("Memory plan: %s.", plan)
         ledger = StepLedger()
         recorder = StepRecorder(ledger, CacheMetrics.register(self._registry), chosen.device.take_compute_stall_s)
-        path, store = self._open_experts(chosen, plan)
-        path.install(loaded, self.spec, recorder)
-        self.experts_modules = loaded.experts_modules
-        path.expert_cache.warm()
-        metrics = RequestMetrics(self._registry)
 
         def died() -> None:
             self.has_died = True
             loop.call_soon_threadsafe(on_death)
+
+        path, store = self._open_experts(chosen, plan, died)
+        path.install(loaded, self.spec, recorder)
+        self.experts_modules = loaded.experts_modules
+        path.expert_cache.warm()
+        metrics = RequestMetrics(self._registry)
 
         def observe_step(phase: Phase, elapsed_s: float) -> None:
             if recorder.is_counting:
@@ -141,7 +142,9 @@ class ComputeNode:
         """Ends threads and gives the arena back, in the reverse order of `start`."""
         self._closers.close()
 
-    def _open_experts(self, chosen: ChosenDevice, plan: MemoryPlan) -> tuple[ExpertPath, StoreClient]:
+    def _open_experts(
+        self, chosen: ChosenDevice, plan: MemoryPlan, on_death: Callable[[], None]
+    ) -> tuple[ExpertPath, StoreClient]:
         """Slots first, then the store, whose blobs they are loaded from."""
         config = self._config
 
@@ -149,7 +152,8 @@ class ComputeNode:
             return store.source_address(expert)
 
         path = ExpertPath.build(self.spec, config, plan, chosen.device, source_address)
-        store = StoreClient(config.store_endpoint, self.spec.fingerprint, chosen.device.pinning, path.expert_cache)
+        pinning = chosen.device.pinning
+        store = StoreClient(config.store_endpoint, self.spec.fingerprint, pinning, path.expert_cache, on_death)
         store.attach(config.attach_deadline_s, _AttachLog())
         self._closers.callback(store.close)
         path.transfers.start()

@@ -70,13 +70,22 @@ class StoreClient:
         fingerprint: of the model this node was started for; None takes what the store has.
         pinning: registers the arena with the device; called from this client's thread.
         listener: is told of withdrawn and published blobs, from this client's thread.
+        on_death: called last by this client's thread when a bug ends it: the lease is lost for good then.
     """
 
-    def __init__(self, endpoint: str, fingerprint: str | None, pinning: HostPinning, listener: BlobListener) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        fingerprint: str | None,
+        pinning: HostPinning,
+        listener: BlobListener,
+        on_death: Callable[[], None] | None = None,
+    ) -> None:
         self._endpoint = endpoint
         self._fingerprint = fingerprint
         self._pinning = pinning
         self._listener = listener
+        self._on_death = on_death
         self._info = model_pb2.ServiceInfo(
             version=version("promoe"), schema_version=SCHEMA_VERSION, instance_id=uuid4().hex
         )
@@ -175,6 +184,9 @@ class StoreClient:
                 # Only a bug ends here; without its lease the node must not look attached.
                 self._state = StoreState.FROZEN
                 self._reports.put(InternalError("The store client's thread died; the log has the details."))
+                logger.error("The store client's thread died.")
+                if self._on_death is not None:
+                    self._on_death()
 
     def _keep_attached(self) -> None:
         while not self._closing.is_set():

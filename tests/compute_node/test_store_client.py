@@ -288,8 +288,14 @@ def test_a_failing_progress_display_leaves_nothing_mapped(store: ScriptedStore) 
 class BrokenListener(RecordingListener):
     """A bug in whoever reads blobs."""
 
+    def __init__(self, num_sound: int = 0) -> None:
+        super().__init__()
+        self.num_sound = num_sound
+
     def blob_published(self, expert: ExpertId) -> None:
-        raise ZeroDivisionError
+        if self.num_sound == 0:
+            raise ZeroDivisionError
+        self.num_sound -= 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -299,3 +305,26 @@ def test_a_bug_in_the_clients_thread_is_not_waited_out(store: ScriptedStore) -> 
     with pytest.raises(InternalError, match="thread died"):
         client.attach(60, ignore_progress)
     assert client.state is StoreState.FROZEN
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_after_the_attach_is_told_to_the_node(store: ScriptedStore) -> None:
+    died = threading.Event()
+    client = StoreClient(store.endpoint, None, RecordingPinning(), BrokenListener(len(EXPERTS)), died.set)
+    store.script.put(table(EXPERTS, complete=True))
+    client.attach(60, ignore_progress)
+    assert client.arena_uuid == UUID
+    assert not died.is_set()
+    store.script.put(published([EXPERTS[0]], complete=True, generation=2))
+    assert died.wait(20)
+    assert client.state is StoreState.FROZEN
+    client.close()
+
+
+def test_closing_is_no_death(store: ScriptedStore) -> None:
+    died = threading.Event()
+    client = StoreClient(store.endpoint, None, RecordingPinning(), RecordingListener(), died.set)
+    store.script.put(table(EXPERTS, complete=True))
+    client.attach(60, ignore_progress)
+    client.close()
+    assert not died.is_set()
