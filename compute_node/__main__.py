@@ -13,7 +13,7 @@ from typing import NoReturn
 from compute_node.config import ComputeConfig
 from compute_node.node import ComputeNode
 from compute_node.service import SERVICE_NAME
-from promoe.config import LogConfig, Settings
+from promoe.config import LogConfig, Settings, SettingUnfit
 from promoe.errors import PromoeError, exit_status
 from promoe.rpc import RpcServer
 from promoe.telemetry import configure_logging
@@ -26,7 +26,7 @@ async def serve(config: ComputeConfig) -> None:
 
     Raises:
         PromoeError: what keeps the node from serving.
-        ValueError: a setting that does not fit the model.
+        SettingUnfit: a setting that does not fit the model.
     """
     # Until the event loop is free to listen, a signal ends the process at once: nothing was accepted yet.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -72,8 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configure_logging("compute_node", settings.section("log", LogConfig).level)
         # Transformers' batching tells of its own comings and goings, in its own format, at the root's level.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
-        asyncio.run(serve(config))
     except ValueError as error:
+        sys.stderr.write(f"compute_node: {error}\n")
+        return 2
+    try:
+        asyncio.run(serve(config))
+    except SettingUnfit as error:  # any other ValueError is a bug, and its traceback is wanted
         sys.stderr.write(f"compute_node: {error}\n")
         return 2
     except PromoeError as error:

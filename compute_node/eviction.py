@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+from promoe.config import SettingUnfit
 from promoe.ids import ExpertId
 
 
@@ -43,7 +44,7 @@ EVICTIONS: Final[Mapping[str, Eviction]] = MappingProxyType({"lru": lru, "lfu": 
 
 
 def eviction_named(name: str) -> Eviction:
-    """Raises ValueError listing the table."""
+    """Raises SettingUnfit listing the table."""
     if name not in EVICTIONS:
-        raise ValueError(f"compute.eviction is {name!r}; allowed: {', '.join(EVICTIONS)}")
+        raise SettingUnfit(f"compute.eviction is {name!r}; allowed: {', '.join(EVICTIONS)}")
     return EVICTIONS[name]

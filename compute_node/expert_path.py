@@ -37,7 +37,7 @@ class ExpertPath:
 
         Raises:
             InsufficientMemory: the device cannot hold the slots after all.
-            ValueError: an unknown eviction.
+            SettingUnfit: an unknown eviction.
         """
         policy = CachePolicy(eviction_named(config.eviction), config.serial)
         slots_SB = device.allocate_slots(spec.num_moe_layers * plan.slots_per_layer, plan.slot_nbytes)

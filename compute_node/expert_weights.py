@@ -4,6 +4,7 @@ from typing import Final
 
 import torch
 
+from promoe.errors import ModelUnsupported
 from promoe.model_spec import Dtype, ExpertLayout
 
 TORCH_DTYPES: Final = {
@@ -40,11 +41,11 @@ SUPPORTED_TENSORS: Final = frozenset(
 
 
 def check_layout(layout: ExpertLayout) -> None:
-    """Raises ValueError when an expert has parameters that the experts function would ignore, or lacks one it needs."""
+    """Raises ModelUnsupported when an expert has parameters that would be ignored, or lacks one that is needed."""
     names = {part.name for part in layout.tensors}
     unknown = names - SUPPORTED_TENSORS
     if unknown or "down_proj" not in names or not names & {"gate_up_proj", "up_proj"}:
-        raise ValueError(
+        raise ModelUnsupported(
             f"An expert of this pack has the parameters {', '.join(sorted(names))}; the experts function computes with "
             f"{', '.join(sorted(SUPPORTED_TENSORS))}."
         )

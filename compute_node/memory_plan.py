@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from compute_node.batch_loop import KV_BLOCK_TOKENS
 from compute_node.config import ComputeConfig
+from promoe.config import SettingUnfit
 from promoe.errors import InsufficientMemory
 from promoe.model_spec import ModelSpec
 
@@ -106,7 +107,7 @@ def plan_memory(config: ComputeConfig, spec: ModelSpec, needs: MemoryNeeds, free
 
     Raises:
         InsufficientMemory: names the number that is short and the flag that mends it.
-        ValueError: a cache rate below one slot per layer, or more slots than experts.
+        SettingUnfit: a cache rate below one slot per layer, or more slots than experts.
     """
     slot_nbytes = spec.layout.blob_stride_nbytes
     context = min(config.max_context_tokens or DEFAULT_CONTEXT_TOKENS, spec.max_context_tokens)
@@ -155,7 +156,7 @@ def _budget(config: ComputeConfig, needs: MemoryNeeds, free_nbytes: int) -> int:
 def _asked_slots(config: ComputeConfig, spec: ModelSpec) -> int | None:
     if config.expert_slots is not None:
         if config.expert_slots > spec.num_experts:
-            raise ValueError(
+            raise SettingUnfit(
                 f"compute.expert_slots is {config.expert_slots}; allowed: 1 to {spec.num_experts}, experts per layer"
             )
         return config.expert_slots
@@ -163,7 +164,7 @@ def _asked_slots(config: ComputeConfig, spec: ModelSpec) -> int | None:
         return None
     slots = int(config.cache_rate * spec.num_experts + 0.5)
     if slots < 1:
-        raise ValueError(
+        raise SettingUnfit(
             f"compute.cache_rate is {config.cache_rate}; the smallest for {spec.num_experts} experts per layer is "
             f"{1 / spec.num_experts:.4f}, one slot"
         )

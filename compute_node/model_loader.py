@@ -43,7 +43,7 @@ def load_model(pack_dir: Path, manifest: PackManifest, device: torch.device) -> 
     Raises:
         InsufficientMemory: the dense weights do not fit the device.
         PackDamaged: a dense file is missing, truncated or not the one that was packed, or does not fit the model.
-        ValueError: the pack's experts have parameters that cannot be computed with.
+        ModelUnsupported: the pack's experts have parameters that cannot be computed with.
     """
     check_layout(manifest.spec.layout)
     _check_dense_files(pack_dir, manifest)

@@ -81,7 +81,7 @@ class ComputeNode:
             on_death: called on `loop` when `has_died` becomes true; the node is of no use then.
 
         Raises:
-            PromoeError, ValueError: what keeps it from serving.
+            PromoeError, SettingUnfit: what keeps it from serving.
         """
         config = self._config
         if config.num_threads is not None:

@@ -16,7 +16,7 @@ from expert_store.run_dir import RunDir
 from expert_store.service import SERVICE_NAME, ExpertStoreService
 from expert_store.store import ExpertStore
 from promoe.arena import ARENA_KINDS
-from promoe.config import LogConfig, Settings
+from promoe.config import LogConfig, Settings, SettingUnfit
 from promoe.errors import PromoeError, Unavailable, exit_status
 from promoe.pack_manifest import PackManifest
 from promoe.rpc import RpcServer
@@ -26,7 +26,7 @@ logger = logging.getLogger("expert_store")
 
 
 async def serve(config: StoreConfig) -> None:
-    """Runs one store until SIGTERM or SIGINT; raises the PromoeError that keeps it from running."""
+    """Runs one store until SIGTERM or SIGINT; raises the PromoeError or SettingUnfit that keeps it from running."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -101,8 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.arena_kind not in ARENA_KINDS:
             raise ValueError(f"store.arena_kind is {config.arena_kind!r}; allowed: {', '.join(ARENA_KINDS)}")
         configure_logging("expert_store", settings.section("log", LogConfig).level)
-        asyncio.run(serve(config))
     except ValueError as error:
+        sys.stderr.write(f"expert_store: {error}\n")
+        return 2
+    try:
+        asyncio.run(serve(config))
+    except SettingUnfit as error:  # any other ValueError is a bug, and its traceback is wanted
         sys.stderr.write(f"expert_store: {error}\n")
         return 2
     except PromoeError as error:

@@ -18,6 +18,13 @@ SECTIONS: Final = ("store", "compute", "log")
 _T = TypeVar("_T")
 
 
+class SettingUnfit(ValueError):
+    """A setting that can be read, but does not fit the model or the device; the text names it, value and allowed set.
+
+    Told apart from other ValueErrors, which in a running service are bugs.
+    """
+
+
 @dataclass(frozen=True)
 class LogConfig:
     """How a process logs to standard error.

@@ -8,6 +8,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, start_http_server
 
+from promoe.config import SettingUnfit
 from promoe.errors import AlreadyRunning
 
 # Prometheus metric names, by the glossary. Counters get `_total` from the client library.
@@ -59,7 +60,7 @@ def metrics_page(registry: CollectorRegistry, setting: str, listen: str) -> Iter
         listen: `host:port`.
 
     Raises:
-        ValueError: the address is not `host:port`.
+        SettingUnfit: the address is not `host:port`.
         AlreadyRunning: it is taken.
     """
     if not listen:
@@ -67,7 +68,7 @@ def metrics_page(registry: CollectorRegistry, setting: str, listen: str) -> Iter
         return
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > _MAX_PORT:
-        raise ValueError(f"{setting} is {listen!r}; expected host:port")
+        raise SettingUnfit(f"{setting} is {listen!r}; expected host:port")
     try:
         server, thread = start_http_server(int(port), addr=host, registry=registry)
     except OSError as error:

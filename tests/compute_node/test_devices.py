@@ -12,6 +12,7 @@ from compute_node.device.choice import choose_device
 from compute_node.device.cpu import CpuDevice, CpuLink
 from compute_node.device.cuda import CudaDevice
 from compute_node.device.seam import Device
+from promoe.config import SettingUnfit
 from promoe.errors import InsufficientMemory, Unavailable
 
 
@@ -87,5 +88,5 @@ def test_a_device_that_was_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.gpu
 def test_a_gpu_has_a_real_link() -> None:
-    with pytest.raises(ValueError, match="a GPU has a real one"):
+    with pytest.raises(SettingUnfit, match="a GPU has a real one"):
         choose_device(DeviceChoice.CUDA, 1e9)

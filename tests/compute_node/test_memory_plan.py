@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from compute_node.batch_loop import KV_BLOCK_TOKENS
 from compute_node.config import ComputeConfig
 from compute_node.memory_plan import BUDGET_SHARE, MemoryNeeds, plan_memory
+from promoe.config import SettingUnfit
 from promoe.errors import InsufficientMemory
 from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
 
@@ -88,9 +89,9 @@ def test_a_shortage_names_the_number_and_the_flag() -> None:
 
 
 def test_wishes_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"the smallest for 16 experts per layer is 0.0625"):
+    with pytest.raises(SettingUnfit, match=r"the smallest for 16 experts per layer is 0.0625"):
         plan_memory(config(cache_rate=0.01), SPEC, NEEDS, 1 << 30)
-    with pytest.raises(ValueError, match=r"compute.expert_slots is 17; allowed: 1 to 16"):
+    with pytest.raises(SettingUnfit, match=r"compute.expert_slots is 17; allowed: 1 to 16"):
         plan_memory(config(expert_slots=17), SPEC, NEEDS, 1 << 30)
     with pytest.raises(ValueError, match="give one of them"):
         config(cache_rate=0.5, expert_slots=2)

@@ -20,6 +20,7 @@ from compute_node.device.seam import Device
 from compute_node.expert_weights import ExpertWeights, check_layout
 from compute_node.moe_forward import EXPERTS_IMPLEMENTATION, MoeForward, Routing, install, register_experts_function
 from compute_node.step_ledger import Phase, TokenSpan
+from promoe.errors import ModelUnsupported
 from promoe.model_spec import Dtype, ExpertLayout
 from tests.compute_node.expert_stack import StackOptions, arena_of, open_stack
 
@@ -204,7 +205,7 @@ def test_hits_are_attributed_to_phases_and_requests() -> None:
 
 def test_experts_with_parameters_it_would_ignore_are_refused() -> None:
     layout = ExpertLayout.of(Dtype.FLOAT32, {"gate_up_proj": (4, 2), "down_proj": (2, 2), "scales": (2,)})
-    with pytest.raises(ValueError, match="scales"):
+    with pytest.raises(ModelUnsupported, match="scales"):
         check_layout(layout)
-    with pytest.raises(ValueError, match="parameters down_proj;"):
+    with pytest.raises(ModelUnsupported, match="parameters down_proj;"):
         check_layout(ExpertLayout.of(Dtype.FLOAT32, {"down_proj": (2, 2)}))
