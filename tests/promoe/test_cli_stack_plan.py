@@ -62,6 +62,15 @@ def test_listens_by_flag_then_file_then_default(tmp_path: Path) -> None:
     assert plan_with("compute.listen=unix:/x/n.sock").endpoint == "unix:/x/n.sock"
 
 
+def test_services_may_drain_as_long_as_was_asked() -> None:
+    usual = plan_with()
+    patient = plan_with("store.drain_deadline_s=100", "compute.drain_deadline_s=200")
+    assert (patient.store.stop_deadline_s, patient.node.stop_deadline_s) == (110, 210)
+    only_store = plan_with("store.drain_deadline_s=0.5")
+    assert only_store.store.stop_deadline_s == 10.5
+    assert only_store.node.stop_deadline_s == usual.node.stop_deadline_s
+
+
 def test_port_zero_becomes_a_free_port() -> None:
     endpoint = plan_with("compute.listen=127.0.0.1:0").endpoint
     host, _, port = endpoint.partition(":")

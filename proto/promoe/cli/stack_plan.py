@@ -54,12 +54,12 @@ def plan_stack(pack: PackPlan, run_dir: RunDir, config: Path | None, assignments
         "compute.listen": listen,
     }
     arguments = (*asked, *_set_flags([f"{key}={value}" for key, value in needs.items()]))
-    drain_s = settings.asked("compute", "drain_deadline_s", float)
-    node_stop_s = _NODE_STOP_DEADLINE_S if drain_s is None else drain_s + _STOP_SLACK_S
+    store_stop_s = _stop_deadline_s(settings, "store", _STORE_STOP_DEADLINE_S)
+    node_stop_s = _stop_deadline_s(settings, "compute", _NODE_STOP_DEADLINE_S)
     return StackPlan(
         pack=pack,
         endpoint=_reachable(listen),
-        store=ServiceCommand("expert store", "expert_store", arguments, run_dir.log("store"), _STORE_STOP_DEADLINE_S),
+        store=ServiceCommand("expert store", "expert_store", arguments, run_dir.log("store"), store_stop_s),
         node=ServiceCommand("compute node", "compute_node", arguments, run_dir.log("node"), node_stop_s),
     )
 
@@ -82,6 +82,11 @@ def check_port_free(endpoint: str) -> None:
             raise AlreadyRunning(
                 f"{endpoint} cannot be listened on ({error.strerror}); give another --listen."
             ) from error
+
+
+def _stop_deadline_s(settings: Settings, section: str, default_s: float) -> float:
+    drain_s = settings.asked(section, "drain_deadline_s", float)
+    return default_s if drain_s is None else drain_s + _STOP_SLACK_S
 
 
 def _set_flags(assignments: Sequence[str]) -> list[str]:
