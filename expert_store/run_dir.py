@@ -34,10 +34,10 @@ class AttachedNode:
     started_ticks: int
 
     @classmethod
-    def of(cls, instance_id: str, pid: int) -> "AttachedNode":
-        """Takes down the process's start time."""
+    def of(cls, instance_id: str, pid: int) -> "AttachedNode | None":
+        """Takes down the process's start time; None for a process that is gone, whose lease is about to end."""
         started = _started_ticks(pid)
-        return cls(instance_id, pid if started else 0, started)
+        return cls(instance_id, pid, started) if started or pid == 0 else None
 
     def may_live(self) -> bool:
         """False when the process is known to be gone."""

@@ -261,5 +261,6 @@ class ExpertStore:
     def _write_state(self) -> None:
         if self._arena is None or self._table is None or self._state_is_frozen:
             return
-        nodes = tuple(AttachedNode.of(lease.node_instance_id, lease.kernel_pid) for lease in self._table.leases)
-        self._run_dir.write_state(StoreState(self._arena.uuid, self.layout.fingerprint, nodes))
+        nodes = [AttachedNode.of(lease.node_instance_id, lease.kernel_pid) for lease in self._table.leases]
+        living = tuple(node for node in nodes if node is not None)
+        self._run_dir.write_state(StoreState(self._arena.uuid, self.layout.fingerprint, living))

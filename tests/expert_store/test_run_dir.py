@@ -76,25 +76,31 @@ def test_a_living_process_is_told_from_a_dead_one_and_from_a_reused_number() -> 
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     with process:
         node = AttachedNode.of("node", process.pid)
+        assert node is not None
         assert node.pid == process.pid
         assert node.may_live()
         assert not AttachedNode("node", process.pid, node.started_ticks - 1).may_live()
         process.kill()
         process.wait()
         assert not node.may_live()
+        assert AttachedNode.of("node", process.pid) is None, "nobody waits for it"
 
 
 def test_a_zombie_holds_no_arena() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     with process:
         node = AttachedNode.of("node", process.pid)
+        assert node is not None
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert not node.may_live()
+        assert AttachedNode.of("node", process.pid) is None
 
 
 def test_a_process_in_another_pid_namespace_may_live() -> None:
-    assert AttachedNode.of("node", 0).may_live()
+    node = AttachedNode.of("node", 0)
+    assert node == AttachedNode("node", 0, 0)
+    assert node.may_live()
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
