@@ -119,7 +119,10 @@ def test_comes_up_through_its_phases_and_stops_the_node_before_the_store(bench: 
     watch_until(stack, lambda: "hit rate prefill 25.0 %, decode 75.0 %" in bench.view.shown[-1].footer)
     stack.take_down()
     assert (bench.folder / "stopped.txt").read_text().split() == ["node", "store"]
-    assert bench.view.phase("ready").detail == "stopped"
+    assert bench.view.phase("stop") == PhaseLine("stop", PhaseState.DONE, "stopped")
+    stops = [line.detail for status in bench.view.shown for line in status.phases if line.name == "stop"]
+    assert stops == ["stopping the compute node", "stopping the expert store", "stopped"]
+    assert "on unix:" in bench.view.phase("ready").detail, "what was is left standing"
     assert bench.phase_in_state() == "stop"
     assert bench.view.notes == []
 

@@ -122,7 +122,7 @@ def shared(checkpoint: Path) -> Iterator[Up]:
             up.process.terminate()
             assert up.process.wait(DEADLINE_S) == 0
             wait_until_gone(services)
-            assert up.lines().rstrip().endswith("ready: stopped")
+            assert up.lines().rstrip().endswith("stop: stopped")
         assert home.status()["stack"] is None
 
 
@@ -272,4 +272,4 @@ def test_the_demo_answers_two_questions_with_figures(demo_checkpoint: Path) -> N
     assert ended.returncode == 0, ended.stderr
     assert "Paris" in ended.stdout
     assert re.search(r"cache rate 0\.5, lru\)\nhit rate decode [\d.]+ %, .*TTFT .*TPOT .*moved", ended.stdout)
-    assert "ready: stopped" in ended.stderr
+    assert "stop: stopped" in ended.stderr

@@ -41,7 +41,6 @@ class Stack:
         self._begin_s = time.perf_counter()
         self._started_unix_s = time.time()
         self._next_figures_s = 0.0
-        self._is_stopping = False
 
     def bring_up(self) -> bool:
         """Packs if need be, fills, loads; returns True when the stack serves, False when a signal came before.
@@ -80,15 +79,14 @@ class Stack:
     def take_down(self) -> None:
         """Stops the node (it drains) and then the store; a second signal kills them."""
         self._footer = ""
-        self._is_stopping = True
         for service in (self._node, self._store):
             if not service.is_gone:
                 hurry = "; Ctrl-C again does not wait" if self._stop.asked else ""
-                self._show("ready", PhaseState.RUNNING, f"stopping the {service.command.name}{hurry}")
+                self._show("stop", PhaseState.RUNNING, f"stopping the {service.command.name}{hurry}")
                 self._stop_service(service)
             service.kill()
-        if self._phases["ready"].state is PhaseState.RUNNING:
-            self._show("ready", PhaseState.DONE, "stopped")
+        if "stop" in self._phases:
+            self._show("stop", PhaseState.DONE, "stopped")
 
     def _stop_service(self, service: Service) -> None:
         """Waits until it has stopped, its deadline has passed, or a second signal came."""
@@ -177,7 +175,7 @@ class Stack:
 
     def _show(self, name: str, state: PhaseState, detail: str, fraction: float | None = None) -> None:
         line = PhaseLine(name, state, detail, fraction)
-        former = self._phases[name]
+        former = self._phases.get(name, PhaseLine(name))
         self._phases[name] = line
         if line != former:
             if line.state is not former.state:
@@ -199,7 +197,7 @@ class Stack:
         is_restart = line.name == "ready" and line.state is PhaseState.RUNNING
         return StackState(
             pid=os.getpid(),
-            phase="stop" if self._is_stopping else "restart" if is_restart else line.name,
+            phase="restart" if is_restart else line.name,
             endpoint=self.plan.endpoint,
             store_endpoint=self._run_dir.store_endpoint,
             model=pack.model,

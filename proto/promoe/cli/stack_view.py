@@ -29,7 +29,7 @@ class PhaseLine:
     """One phase.
 
     Attributes:
-        name: `pack`, `fill`, `load` or `ready`.
+        name: `pack`, `fill`, `load`, `ready`, and `stop` once it stops.
         state: where it is.
         detail: one phrase.
         fraction: how much is done, where that is known.
