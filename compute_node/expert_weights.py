@@ -13,15 +13,19 @@ TORCH_DTYPES: Final = {
     Dtype.BFLOAT16: torch.bfloat16,
 }
 
+SMALL_MATRIX_ELEMENTS: Final = 1 << 16
+"""Half-precision matrices of this size and below are computed in float32 on a CPU: a product of a few rows costs
+oneDNN 23 us in bf16 whatever its size, and 4 us in float32 after 5 us of widening (see DECISIONS.md)."""
+
 
 class ExpertWeights:
     """Typed views into one blob, named as in the Transformers experts module without its experts dimension.
 
     Shapes, with D hidden and F expert hidden: `up` is (2F, D) gated or (F, D), `down` is (D, F); transposed modules
-    have them the other way round. Biases are (2F,) or (F,) and (D,), or None.
+    have them the other way round. Biases are (2F,) or (F,) and (D,), or None. `compute_dtype` is what to compute in.
     """
 
-    __slots__ = ("down", "down_bias", "up", "up_bias")
+    __slots__ = ("compute_dtype", "down", "down_bias", "up", "up_bias")
 
     def __init__(self, blob_B: torch.Tensor, layout: ExpertLayout) -> None:
         dtype = TORCH_DTYPES[layout.dtype]
@@ -33,6 +37,8 @@ class ExpertWeights:
         self.up_bias = tensors.get("gate_up_proj_bias", tensors.get("up_proj_bias"))
         self.down = tensors["down_proj"]
         self.down_bias = tensors.get("down_proj_bias")
+        is_small = max(self.up.numel(), self.down.numel()) <= SMALL_MATRIX_ELEMENTS
+        self.compute_dtype = torch.float32 if is_small and blob_B.device.type == "cpu" else dtype
 
 
 SUPPORTED_TENSORS: Final = frozenset(

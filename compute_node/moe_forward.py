@@ -102,6 +102,7 @@ class MoeForward:
         self._weights = weights
         self._expert_cache = expert_cache
         self._recorder = recorder
+        self._compute_dtype = weights[0].compute_dtype
 
     def __call__(
         self,
@@ -112,7 +113,7 @@ class MoeForward:
     ) -> torch.Tensor:
         """The routed experts' weighted sum, (T, D) in `hidden_TD`'s dtype."""
         routing = Routing.of(topk_ids_TK)
-        grouped_ND = routing.group(hidden_TD)
+        grouped_ND = routing.group(hidden_TD).to(self._compute_dtype)
         outputs: list[torch.Tensor] = [hidden_TD] * len(routing.experts)
         group_of = {expert: group for group, expert in enumerate(routing.experts)}
         with self._expert_cache.acquire(self.layer, routing.experts) as acquisition:
@@ -126,16 +127,19 @@ class MoeForward:
 
 
 def compute_expert(module: ExpertsModule, rows_ND: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-    """One expert on its rows: (N, D) -> (N, D), before the routing weight."""
+    """One expert on its rows: (N, D) -> (N, D) in the rows' dtype, before the routing weight."""
     up_NF = _project(rows_ND, weights.up, weights.up_bias, module.is_transposed)
     inner_NF = module._apply_gate(up_NF) if module.has_gate else module.act_fn(up_NF)
     out_ND = _project(inner_NF, weights.down, weights.down_bias, module.is_transposed)
     # Transformers 5.17 knows no norm behind experts, and its modules do not say that they have none.
     has_post_norm = getattr(module, "has_post_expert_norm", False)
-    return module.post_expert_norm(out_ND) if has_post_norm else out_ND
+    return module.post_expert_norm(out_ND.to(weights.down.dtype)).to(out_ND.dtype) if has_post_norm else out_ND
 
 
 def _project(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool) -> torch.Tensor:
+    # Nothing is copied where the dtypes are the same, which is everywhere but for small experts on a CPU.
+    weight = weight.to(rows.dtype)
+    bias = None if bias is None else bias.to(rows.dtype)
     if not is_transposed:
         return nn.functional.linear(rows, weight, bias)
     out = rows @ weight

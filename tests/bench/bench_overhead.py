@@ -1,8 +1,9 @@
 """What promoe costs when it has nothing to do: cache rate 1.0 against plain Transformers continuous batching.
 
-Both sides serve the same chats with the same threads in one process, taking turns. The plain side is Transformers'
-own manager on the whole model with its default experts implementation, called directly; promoe's side is the served
-path: client, gRPC, engine, expert cache, store process. Goal: TPOT and TTFT at most 1.15 times the plain side.
+Both sides serve the same chats with the same number of threads, taking turns. The plain side is Transformers' own
+manager on the whole model with its default experts implementation, called directly in this process; promoe's side is
+the served path with its own processes: client (here), gRPC, compute node, expert cache, store.
+Goal: TPOT and TTFT at most 1.15 times the plain side.
 """
 
 import argparse
@@ -21,15 +22,16 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 from compute_node.batch_loop import KV_BLOCK_TOKENS
-from compute_node.config import ComputeConfig, DeviceChoice
 from promoe import Client
 from tests.bench.demo_model import PROMPTS, chat, demo_checkpoint, demo_pack
 from tests.bench.report import Sample, median_ratio, out_argument, write_report
-from tests.running_node import NodeThread
+from tests.running_node import RunningNode
 from tests.running_store import RunningStore
 
 GOAL: Final = 1.15
 CONTEXT_TOKENS: Final = 2048
+MAX_BATCH_TOKENS: Final = 512
+"""The compute node's default."""
 
 
 @dataclass(frozen=True)
@@ -135,19 +137,16 @@ def measure(rounds: int, num_tokens: int, num_threads: int) -> dict[str, object]
         tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder,
         RunningStore(pack_dir, Path(folder)) as store,
     ):
-        config = ComputeConfig(
-            pack=pack_dir,
-            store_endpoint=store.endpoint,
-            device=DeviceChoice.CPU,
-            cache_rate=1.0,
-            max_context_tokens=CONTEXT_TOKENS,
-            num_threads=num_threads,
+        settings = (
+            "compute.cache_rate=1.0",
+            f"compute.max_context_tokens={CONTEXT_TOKENS}",
+            f"compute.num_threads={num_threads}",
         )
         with (
-            plain_side(demo_checkpoint(), config.max_batch_tokens) as plain,
-            NodeThread(config) as node,
+            plain_side(demo_checkpoint(), MAX_BATCH_TOKENS) as plain,
+            RunningNode(pack_dir, store.endpoint, Path(folder), *settings) as node,
         ):
-            promoe = PromoeSide(node.endpoint)
+            promoe = PromoeSide(node.endpoint())
             for batch in (1, len(PROMPTS)):
                 plain.run(batch, 4)
                 promoe.run(batch, 4)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +24,7 @@ from tests.bench.belady import HitCount, RoutedStep, belady
 from tests.bench.demo_model import PROMPTS, chat, demo_pack
 from tests.bench.report import RESULTS, Sample, out_argument, write_report
 from tests.bench.sweep_plot import plot_sweep
-from tests.running_node import NodeThread
+from tests.running_node import NodeThread, RunningNode
 from tests.running_store import RunningStore
 
 CACHE_RATES: Final = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -46,22 +47,32 @@ class ChatFigures:
 
 
 class Node:
-    """One cache rate's node and its client."""
+    """One cache rate's node process and its client; the client connects when it is first asked."""
 
-    def __init__(self, config: ComputeConfig, stack: ExitStack) -> None:
-        self.thread = stack.enter_context(NodeThread(config))
-        self.client = stack.enter_context(Client(self.thread.endpoint))
+    def __init__(self, process: RunningNode, stack: ExitStack) -> None:
+        self._process = process
+        self._stack = stack
+
+    @cached_property
+    def client(self) -> Client:
+        """Waits until the node serves."""
+        return self._stack.enter_context(Client(self._process.endpoint()))
 
     def ask(self, prompt: str, num_tokens: int) -> ChatFigures:
         """One chat, alone."""
-        answer = self.client.complete(chat(prompt), max_tokens=num_tokens, ignore_eos=True)
-        usage = answer.usage
-        assert usage is not None, "a finished answer has its usage"
-        assert usage.tpot_s is not None, "an answer of several tokens has a TPOT"
-        decode = usage.decode
-        return ChatFigures(
-            usage.tpot_s, usage.ttft_s, decode.hits, decode.misses, decode.loaded_bytes, decode.stall_s, num_tokens - 1
-        )
+        return figures_of(self.client, prompt, num_tokens)
+
+
+def figures_of(client: Client, prompt: str, num_tokens: int) -> ChatFigures:
+    """One chat's figures, from its usage."""
+    answer = client.complete(chat(prompt), max_tokens=num_tokens, ignore_eos=True)
+    usage = answer.usage
+    assert usage is not None, "a finished answer has its usage"
+    assert usage.tpot_s is not None, "an answer of several tokens has a TPOT"
+    decode = usage.decode
+    return ChatFigures(
+        usage.tpot_s, usage.ttft_s, decode.hits, decode.misses, decode.loaded_bytes, decode.stall_s, num_tokens - 1
+    )
 
 
 @contextmanager
@@ -70,43 +81,48 @@ def open_nodes(pack_dir: Path, num_threads: int, link_bytes_per_s: float | None)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp"))
         store = stack.enter_context(RunningStore(pack_dir, Path(folder)))
-        nodes = {
-            rate: Node(
-                ComputeConfig(
-                    pack=pack_dir,
-                    store_endpoint=store.endpoint,
-                    device=DeviceChoice.CPU,
-                    cache_rate=rate,
-                    max_context_tokens=CONTEXT_TOKENS,
-                    max_concurrent_requests=1,
-                    num_threads=num_threads,
-                    link_bytes_per_s=link_bytes_per_s,
-                ),
-                stack,
+        fixed = [
+            f"compute.max_context_tokens={CONTEXT_TOKENS}",
+            "compute.max_concurrent_requests=1",
+            f"compute.num_threads={num_threads}",
+        ]
+        if link_bytes_per_s is not None:
+            fixed.append(f"compute.link_bytes_per_s={link_bytes_per_s}")
+        nodes: dict[float, Node] = {}
+        for rate in CACHE_RATES:
+            process = RunningNode(
+                pack_dir, store.endpoint, Path(folder), f"compute.cache_rate={rate}", *fixed, name=f"node-{rate}"
             )
-            for rate in CACHE_RATES
-        }
+            nodes[rate] = Node(stack.enter_context(process), stack)
         yield nodes
 
 
-def record_routing(node: Node, prompts: Sequence[str], num_tokens: int) -> list[list[RoutedStep]]:
-    """Every layer's routing of the chats, one after the other; unmeasured."""
-    modules = node.thread.node.experts_modules
-    steps: list[list[RoutedStep]] = [[] for _ in modules]
+def record_routing(pack_dir: Path, prompts: Sequence[str], num_tokens: int) -> tuple[ModelSpec, list[list[RoutedStep]]]:
+    """Every layer's routing of the chats, one after the other, from a node in this process; unmeasured."""
+    with (
+        tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder,
+        RunningStore(pack_dir, Path(folder)) as store,
+    ):
+        config = ComputeConfig(
+            pack=pack_dir,
+            store_endpoint=store.endpoint,
+            device=DeviceChoice.CPU,
+            cache_rate=1.0,
+            max_context_tokens=CONTEXT_TOKENS,
+        )
+        with NodeThread(config) as node, Client(node.endpoint) as client:
+            modules = node.node.experts_modules
+            steps: list[list[RoutedStep]] = [[] for _ in modules]
+            for layer, module in enumerate(modules):
+                module.register_forward_pre_hook(partial(_note_routing, steps[layer]))
+            for prompt in prompts:
+                figures_of(client, prompt, num_tokens)
+            return node.node.spec, steps
 
-    def listen(layer: int) -> object:
-        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            ids_TK = arguments[1]
-            steps[layer].append(RoutedStep(frozenset(ids_TK.reshape(-1).tolist()), ids_TK.shape[0] == 1))
 
-        return modules[layer].register_forward_pre_hook(hook)
-
-    handles = [listen(layer) for layer in range(len(modules))]
-    for prompt in prompts:
-        node.ask(prompt, num_tokens)
-    for handle in handles:
-        handle.remove()  # type: ignore[attr-defined]
-    return steps
+def _note_routing(steps: list[RoutedStep], module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+    ids_TK = arguments[1]
+    steps.append(RoutedStep(frozenset(ids_TK.reshape(-1).tolist()), ids_TK.shape[0] == 1))
 
 
 def sweep(
@@ -185,9 +201,9 @@ def measure(rounds: int, num_tokens: int, num_threads: int) -> dict[str, object]
     """Both links."""
     pack_dir = demo_pack()
     prompts = PROMPTS[: min(rounds, len(PROMPTS))]
+    spec, routing = record_routing(pack_dir, prompts, num_tokens)
+    optimum = optimum_of(routing, spec)
     with open_nodes(pack_dir, num_threads, None) as nodes:
-        spec = nodes[1.0].thread.node.spec
-        optimum = optimum_of(record_routing(nodes[1.0], prompts, num_tokens), spec)
         memcpy = rows_of(sweep(nodes, prompts, num_tokens, rounds), optimum, spec, None)
     resident_tpot_s = float(str(memcpy[-1]["all_resident_tpot_s"]))
     token_nbytes = spec.num_moe_layers * spec.experts_per_token * spec.layout.blob_nbytes
