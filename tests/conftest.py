@@ -42,6 +42,13 @@ def socket_dir() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture(scope="module")
+def module_socket_dir() -> Iterator[Path]:
+    """The same for what a module's tests share."""
+    with tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
     """The demo model's Hugging Face checkpoint."""

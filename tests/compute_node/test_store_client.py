@@ -56,8 +56,8 @@ def arena_fd() -> Iterator[int]:
 
 
 @pytest.fixture
-def store(tmp_path: Path, arena_fd: int) -> Iterator[ScriptedStore]:
-    with ScriptedStore(tmp_path, SPEC) as scripted:
+def store(socket_dir: Path, arena_fd: int) -> Iterator[ScriptedStore]:
+    with ScriptedStore(socket_dir, SPEC) as scripted:
         scripted.fd_answers = [(FdPacket(FdOp.ARENA, UUID), arena_fd)]
         yield scripted
 

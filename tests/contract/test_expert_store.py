@@ -31,8 +31,8 @@ EXPERTS = [ExpertId(layer, expert) for layer in range(2) for expert in range(4)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("store")
+def folder(module_socket_dir: Path) -> Path:
+    return module_socket_dir
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +130,8 @@ def test_a_node_for_another_model_does_not_start(store: RunningStore, manifest: 
     assert manifest.spec.fingerprint in str(caught.value)
 
 
-def test_a_store_that_is_not_there_is_named_when_the_deadline_passes(tmp_path: Path) -> None:
-    client = StoreClient(f"unix:{tmp_path}/none.sock", None, RecordingPinning(), RecordingListener())
+def test_a_store_that_is_not_there_is_named_when_the_deadline_passes(socket_dir: Path) -> None:
+    client = StoreClient(f"unix:{socket_dir}/none.sock", None, RecordingPinning(), RecordingListener())
     with pytest.raises(DeadlineExceeded, match=r"none\.sock had not published every expert after 0\.2 s\. Last: "):
         client.attach(0.2, ignore_progress)
 
@@ -302,12 +302,12 @@ def test_closing_while_attaching_ends_the_thread(store: RunningStore) -> None:
     wait_until(lambda: threading.active_count() <= before + 1)
 
 
-def test_the_metrics_page_shows_the_figures(folder: Path, manifest: PackManifest, tmp_path: Path) -> None:
+def test_the_metrics_page_shows_the_figures(folder: Path, manifest: PackManifest, socket_dir: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = f"store.metrics_listen=127.0.0.1:{port}"
-    with RunningStore(folder / "pack", tmp_path, settings) as store:
+    with RunningStore(folder / "pack", socket_dir, settings) as store:
         store.wait_until_full()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
             lines = page.read().decode().splitlines()
@@ -317,8 +317,8 @@ def test_the_metrics_page_shows_the_figures(folder: Path, manifest: PackManifest
         assert samples["promoe_damaged_blobs_total"] == 0
         assert samples["promoe_leases"] == 0
         assert samples["promoe_fill_seconds"] > 0
-        (tmp_path / "second").mkdir()
-        with RunningStore(folder / "pack", tmp_path / "second", settings) as second:
+        (socket_dir / "second").mkdir()
+        with RunningStore(folder / "pack", socket_dir / "second", settings) as second:
             assert second.process.wait(timeout=20) == 1
             assert f"cannot listen on 127.0.0.1:{port}" in second.log.read_text()
         assert store.terminate() == 0

@@ -261,16 +261,16 @@ def test_a_node_that_went_away_is_checked_again(client: Client, node: ScriptedIn
     assert node.num_info_calls == 2
 
 
-def test_nobody_there_is_a_sentence_with_the_endpoint(tmp_path: Path) -> None:
-    with Client(f"unix:{tmp_path}/none.sock", QUICK) as client:
+def test_nobody_there_is_a_sentence_with_the_endpoint(socket_dir: Path) -> None:
+    with Client(f"unix:{socket_dir}/none.sock", QUICK) as client:
         with pytest.raises(Unavailable, match=r"There is no connection to unix:.*none\.sock"):
             client.complete("x")
         with pytest.raises(Unavailable, match=r"not ready after 0\.3 s"):
             client.wait_until_ready(0.3)
 
 
-def test_waits_for_a_node_that_comes_late(tmp_path: Path) -> None:
-    endpoint = f"unix:{tmp_path}/late.sock"
+def test_waits_for_a_node_that_comes_late(socket_dir: Path) -> None:
+    endpoint = f"unix:{socket_dir}/late.sock"
     ready = threading.Event()
 
     def wait() -> None:
@@ -292,9 +292,9 @@ def test_a_starting_node_is_not_ready() -> None:
         assert client.info().model.name == "tiny"
 
 
-def test_a_killed_connection_mid_answer_is_unavailable(node: ScriptedInference, tmp_path: Path) -> None:
+def test_a_killed_connection_mid_answer_is_unavailable(node: ScriptedInference, socket_dir: Path) -> None:
     node.scripts = [(accepted(), delta("Hel", 11), Act.HANG)]
-    endpoint = f"unix:{tmp_path}/n.sock"
+    endpoint = f"unix:{socket_dir}/n.sock"
     with Client(endpoint, QUICK) as client:
         with serve_in_thread(node, endpoint):
             pieces = iter(client.generate("x"))

@@ -92,8 +92,8 @@ def test_an_unavailable_server_is_not_an_unreachable_one() -> None:
     on_both(servicer, check)
 
 
-def test_nobody_there_is_unreachable_with_the_endpoint(tmp_path: Path) -> None:
-    endpoint = f"unix:{tmp_path}/n.sock"
+def test_nobody_there_is_unreachable_with_the_endpoint(socket_dir: Path) -> None:
+    endpoint = f"unix:{socket_dir}/n.sock"
 
     async def check(transport: Transport) -> None:
         calls = (

@@ -24,8 +24,8 @@ Start = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
-def store(tiny_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStore]:
-    with RunningStore(tiny_pack, tmp_path_factory.mktemp("store")) as running:
+def store(tiny_pack: Path, module_socket_dir: Path) -> Iterator[RunningStore]:
+    with RunningStore(tiny_pack, module_socket_dir) as running:
         running.wait_until_full()
         yield running
 
@@ -126,10 +126,10 @@ def test_the_pack_of_another_model_than_the_stores_is_refused_with_both_sides(
     assert list(store.stats().leases) == []
 
 
-def test_a_store_that_is_not_there_is_waited_for_and_then_named(start: Start, tmp_path: Path) -> None:
-    status, line = start(f"compute.store_endpoint=unix:{tmp_path}/no.sock", "compute.attach_deadline_s=0.5")
+def test_a_store_that_is_not_there_is_waited_for_and_then_named(start: Start, socket_dir: Path) -> None:
+    status, line = start(f"compute.store_endpoint=unix:{socket_dir}/no.sock", "compute.attach_deadline_s=0.5")
     assert status == 1
-    assert f"The expert store at unix:{tmp_path}/no.sock had not published every expert after 0.5 s." in line
+    assert f"The expert store at unix:{socket_dir}/no.sock had not published every expert after 0.5 s." in line
     assert "Last: " in line, "and what was in the way"
 
 
@@ -158,12 +158,12 @@ def test_a_port_that_is_taken_is_named(start: Start, store: RunningStore) -> Non
     wait_until(lambda: "attached." in store.log.read_text() and not store.stats().leases)
 
 
-def test_a_signal_while_starting_ends_the_node_at_once(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_signal_while_starting_ends_the_node_at_once(tiny_pack: Path, socket_dir: Path) -> None:
     """The longest part of a start is to wait for the store."""
-    endpoint = f"unix:{tmp_path}/no.sock"
+    endpoint = f"unix:{socket_dir}/no.sock"
     with (
-        RunningNode(tiny_pack, endpoint, tmp_path, name="terminated") as terminated,
-        RunningNode(tiny_pack, endpoint, tmp_path, name="interrupted") as interrupted,
+        RunningNode(tiny_pack, endpoint, socket_dir, name="terminated") as terminated,
+        RunningNode(tiny_pack, endpoint, socket_dir, name="interrupted") as interrupted,
     ):
         for node, number in ((terminated, signal.SIGTERM), (interrupted, signal.SIGINT)):
             wait_until(lambda log=node.log: "The expert store cannot be attached" in log.read_text(), 120, node.log)  # type: ignore[misc]

@@ -39,9 +39,9 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(demo_pack_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(demo_pack_fp32: Path, module_socket_dir: Path) -> Iterator[Pair]:
     """The nodes come first and wait, so that what attaching and serving takes can be told from what loading takes."""
-    folder = tmp_path_factory.mktemp("shared")
+    folder = module_socket_dir
     endpoint = f"unix:{folder}/run/store.sock"
     settings = ("compute.max_context_tokens=128", "compute.max_concurrent_requests=1")
     first, second = (

@@ -30,8 +30,8 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def manifest(tmp_path: Path) -> PackManifest:
-    return write_synthetic_pack(tmp_path / "pack")
+def manifest(socket_dir: Path) -> PackManifest:
+    return write_synthetic_pack(socket_dir / "pack")
 
 
 def run_to_end(pack_dir: Path, folder: Path, *settings: str) -> tuple[int, str]:
@@ -43,26 +43,26 @@ def run_to_end(pack_dir: Path, folder: Path, *settings: str) -> tuple[int, str]:
         return status, text
 
 
-def test_a_damaged_pack_is_refused_with_file_and_expert(tmp_path: Path, manifest: PackManifest) -> None:
-    flip_bit(tmp_path / "pack", ExpertId(1, 2), manifest)
-    status, text = run_to_end(tmp_path / "pack", tmp_path)
+def test_a_damaged_pack_is_refused_with_file_and_expert(socket_dir: Path, manifest: PackManifest) -> None:
+    flip_bit(socket_dir / "pack", ExpertId(1, 2), manifest)
+    status, text = run_to_end(socket_dir / "pack", socket_dir)
     assert status == EXIT_PACK_DAMAGED
     assert "layer_00001.bin: the blob of L1E2 is damaged" in text
     assert "did not verify; reading it once more" in text
 
 
-def test_a_truncated_pack_is_refused_before_anything_is_read(tmp_path: Path, manifest: PackManifest) -> None:
-    os.truncate(layer_file(tmp_path / "pack", 0), 5000)
-    status, text = run_to_end(tmp_path / "pack", tmp_path)
+def test_a_truncated_pack_is_refused_before_anything_is_read(socket_dir: Path, manifest: PackManifest) -> None:
+    os.truncate(layer_file(socket_dir / "pack", 0), 5000)
+    status, text = run_to_end(socket_dir / "pack", socket_dir)
     assert status == EXIT_PACK_DAMAGED
     assert f"has 5000 bytes where the manifest implies {4 * manifest.spec.layout.blob_stride_nbytes}" in text
 
 
-def test_half_a_pack_and_no_pack_are_told_apart(tmp_path: Path, manifest: PackManifest) -> None:
-    (tmp_path / "pack" / "manifest.json").unlink()
-    status, text = run_to_end(tmp_path / "pack", tmp_path)
+def test_half_a_pack_and_no_pack_are_told_apart(socket_dir: Path, manifest: PackManifest) -> None:
+    (socket_dir / "pack" / "manifest.json").unlink()
+    status, text = run_to_end(socket_dir / "pack", socket_dir)
     assert (status, "not a finished pack" in text) == (EXIT_PACK_DAMAGED, True)
-    status, text = run_to_end(tmp_path / "no such pack", tmp_path)
+    status, text = run_to_end(socket_dir / "no such pack", socket_dir)
     assert (status, "There is no folder" in text) == (1, True)
 
 
@@ -78,65 +78,67 @@ def test_half_a_pack_and_no_pack_are_told_apart(tmp_path: Path, manifest: PackMa
     ],
 )
 def test_a_wrong_setting_ends_with_status_2(
-    setting: str, sentence: str, tmp_path: Path, manifest: PackManifest
+    setting: str, sentence: str, socket_dir: Path, manifest: PackManifest
 ) -> None:
-    status, text = run_to_end(tmp_path / "pack", tmp_path, setting)
+    status, text = run_to_end(socket_dir / "pack", socket_dir, setting)
     assert status == 2
     assert sentence in text
 
 
-def test_an_arena_larger_than_the_machine_is_refused_with_the_number(tmp_path: Path) -> None:
+def test_an_arena_larger_than_the_machine_is_refused_with_the_number(socket_dir: Path) -> None:
     """The pack is sparse: 8 TiB of holes."""
-    pack_dir = tmp_path / "pack"
+    pack_dir = socket_dir / "pack"
     small = write_synthetic_pack(pack_dir, layers=1, experts=2, hidden=8, expert_hidden=8)
     spec = small.spec
     huge = type(spec.layout).of(spec.layout.dtype, {"gate_up_proj": (1 << 20, 1 << 20)})
     grown = type(spec)(**{**vars(spec), "layout": huge})
     type(small)(**{**vars(small), "spec": grown}).write(pack_dir)
     os.truncate(layer_file(pack_dir, 0), ArenaLayout.of(grown).blob_stride_nbytes * 2)
-    status, text = run_to_end(pack_dir, tmp_path)
+    status, text = run_to_end(pack_dir, socket_dir)
     assert status == 1
     assert "The arena needs 8192.13 GiB, but" in text
     assert "GiB are short" in text
 
 
-def test_a_second_store_in_the_same_folder_is_refused_and_hurts_nobody(tmp_path: Path, manifest: PackManifest) -> None:
-    with RunningStore(tmp_path / "pack", tmp_path) as store:
+def test_a_second_store_in_the_same_folder_is_refused_and_hurts_nobody(
+    socket_dir: Path, manifest: PackManifest
+) -> None:
+    with RunningStore(socket_dir / "pack", socket_dir) as store:
         uuid = store.wait_until_full().arena.uuid
-        status, text = run_to_end(tmp_path / "pack", tmp_path)
+        status, text = run_to_end(socket_dir / "pack", socket_dir)
         assert status == 1
         assert f"Another expert store (pid {store.process.pid}) holds {store.run_dir}/store.lock" in text
         assert store.get_info().arena.uuid == uuid
-        with NodeProcess(store, manifest.spec, tmp_path / "node.log") as node:
+        with NodeProcess(store, manifest.spec, socket_dir / "node.log") as node:
             assert node.wait_until_attached().ask("checksum") == checksum_of_pack(manifest.spec)
 
 
-def test_a_second_store_on_the_same_socket_is_refused(tmp_path: Path, manifest: PackManifest) -> None:
-    other = tmp_path / "other"
+def test_a_second_store_on_the_same_socket_is_refused(socket_dir: Path, manifest: PackManifest) -> None:
+    other = socket_dir / "other"
     other.mkdir()
-    with RunningStore(tmp_path / "pack", tmp_path) as store:
+    with RunningStore(socket_dir / "pack", socket_dir) as store:
         uuid = store.wait_until_full().arena.uuid
-        status, text = run_to_end(tmp_path / "pack", other, f"store.listen={store.endpoint}")
+        status, text = run_to_end(socket_dir / "pack", other, f"store.listen={store.endpoint}")
         assert status == 1
         assert "store.sock" in text
         assert store.get_info().arena.uuid == uuid
 
 
-def test_sockets_of_a_dead_store_are_replaced(tmp_path: Path, manifest: PackManifest) -> None:
-    with RunningStore(tmp_path / "pack", tmp_path) as store:
+def test_sockets_of_a_dead_store_are_replaced(socket_dir: Path, manifest: PackManifest) -> None:
+    with RunningStore(socket_dir / "pack", socket_dir) as store:
         store.wait_until_full()
         store.kill()
         assert store.fd_socket.exists()
-    with RunningStore(tmp_path / "pack", tmp_path) as successor:
+    with RunningStore(socket_dir / "pack", socket_dir) as successor:
         successor.wait_until_full()
         assert successor.terminate() == 0
     assert not successor.fd_socket.exists()
 
 
-def test_a_config_file_serves_and_is_overridden(tmp_path: Path, manifest: PackManifest) -> None:
-    config = tmp_path / "promoe.toml"
-    config.write_text(f'[store]\npack = "/nowhere"\nrun_dir = "{tmp_path}/run"\n[compute]\ncache_rate = 0.5\n')
-    command = [sys.executable, "-m", "expert_store", "--config", str(config), "--set", f"store.pack={tmp_path}/pack"]
+def test_a_config_file_serves_and_is_overridden(socket_dir: Path, manifest: PackManifest) -> None:
+    config = socket_dir / "promoe.toml"
+    config.write_text(f'[store]\npack = "/nowhere"\nrun_dir = "{socket_dir}/run"\n[compute]\ncache_rate = 0.5\n')
+    command = [sys.executable, "-m", "expert_store", "--config", str(config), "--set", f"store.pack={socket_dir}/pack"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     with process:
         assert process.stderr is not None
@@ -147,35 +149,35 @@ def test_a_config_file_serves_and_is_overridden(tmp_path: Path, manifest: PackMa
         assert process.wait(timeout=20) == 0
 
 
-def test_sigterm_ends_the_store_at_once_in_every_phase(tmp_path: Path, manifest: PackManifest) -> None:
-    large = write_synthetic_pack(tmp_path / "large", layers=2, experts=4, expert_hidden=512, hidden=512)
+def test_sigterm_ends_the_store_at_once_in_every_phase(socket_dir: Path, manifest: PackManifest) -> None:
+    large = write_synthetic_pack(socket_dir / "large", layers=2, experts=4, expert_hidden=512, hidden=512)
     assert large.spec.experts_nbytes > 16 * MIB
-    with RunningStore(tmp_path / "large", tmp_path, "store.fill_threads=1") as filling:
+    with RunningStore(socket_dir / "large", socket_dir, "store.fill_threads=1") as filling:
         filling.wait_until_serving()
         assert filling.terminate() == 0
-    with RunningStore(tmp_path / "pack", tmp_path) as attached:
+    with RunningStore(socket_dir / "pack", socket_dir) as attached:
         attached.wait_until_full()
-        with NodeProcess(attached, manifest.spec, tmp_path / "node.log") as node:
+        with NodeProcess(attached, manifest.spec, socket_dir / "node.log") as node:
             node.wait_until_attached()
             assert attached.terminate() == 0
             node.wait_for_state("frozen")
             os.kill(node.pid, signal.SIGSTOP)
-            with RunningStore(tmp_path / "pack", tmp_path, "store.adopt_wait_s=3600") as adopting:
+            with RunningStore(socket_dir / "pack", socket_dir, "store.adopt_wait_s=3600") as adopting:
                 assert adopting.wait_until_serving().fill_state == pb.FILL_STATE_ADOPTING
                 assert adopting.terminate() == 0
 
 
 def test_a_store_that_waits_for_its_arena_is_not_healthy_and_tells_who_waits_why_it_fails(
-    tmp_path: Path, manifest: PackManifest
+    socket_dir: Path, manifest: PackManifest
 ) -> None:
-    with RunningStore(tmp_path / "pack", tmp_path) as store:
+    with RunningStore(socket_dir / "pack", socket_dir) as store:
         store.wait_until_full()
-        with NodeProcess(store, manifest.spec, tmp_path / "node.log") as node:
+        with NodeProcess(store, manifest.spec, socket_dir / "node.log") as node:
             node.wait_until_attached()
             store.kill()
             os.kill(node.pid, signal.SIGSTOP)
-            flip_bit(tmp_path / "pack", ExpertId(0, 1), manifest)
-            with RunningStore(tmp_path / "pack", tmp_path, "store.adopt_wait_s=2") as adopting:
+            flip_bit(socket_dir / "pack", ExpertId(0, 1), manifest)
+            with RunningStore(socket_dir / "pack", socket_dir, "store.adopt_wait_s=2") as adopting:
                 assert adopting.wait_until_serving().fill_state == pb.FILL_STATE_ADOPTING
                 assert not adopting.get_info().HasField("arena")
                 with grpc.insecure_channel(adopting.endpoint) as channel:
@@ -193,18 +195,18 @@ def test_a_store_that_waits_for_its_arena_is_not_healthy_and_tells_who_waits_why
                 assert adopting.process.wait(timeout=20) == EXIT_PACK_DAMAGED
 
 
-def test_two_nodes_share_one_copy_of_the_experts(tmp_path: Path) -> None:
-    manifest = write_synthetic_pack(tmp_path / "pack", layers=4, experts=8, expert_hidden=256, hidden=512)
+def test_two_nodes_share_one_copy_of_the_experts(socket_dir: Path) -> None:
+    manifest = write_synthetic_pack(socket_dir / "pack", layers=4, experts=8, expert_hidden=256, hidden=512)
     spec = manifest.spec
     data_nbytes = spec.num_blobs * spec.layout.blob_stride_nbytes
     assert data_nbytes >= 48 * MIB
-    with RunningStore(tmp_path / "pack", tmp_path) as store:
+    with RunningStore(socket_dir / "pack", socket_dir) as store:
         store.wait_until_full()
         in_memory = allocated_nbytes(store)
         assert data_nbytes <= in_memory <= data_nbytes + MIB
         with (
-            NodeProcess(store, spec, tmp_path / "first.log") as first,
-            NodeProcess(store, spec, tmp_path / "second.log") as second,
+            NodeProcess(store, spec, socket_dir / "first.log") as first,
+            NodeProcess(store, spec, socket_dir / "second.log") as second,
         ):
             for node in (first, second):
                 node.wait_until_attached()
@@ -235,23 +237,23 @@ def anonymous_nbytes(pid: int) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
 
 
-def test_a_killed_node_loses_its_lease_and_the_next_one_attaches(tmp_path: Path, manifest: PackManifest) -> None:
-    with RunningStore(tmp_path / "pack", tmp_path) as store:
+def test_a_killed_node_loses_its_lease_and_the_next_one_attaches(socket_dir: Path, manifest: PackManifest) -> None:
+    with RunningStore(socket_dir / "pack", socket_dir) as store:
         store.wait_until_full()
         for _ in range(2):
-            with NodeProcess(store, manifest.spec, tmp_path / "node.log") as node:
+            with NodeProcess(store, manifest.spec, socket_dir / "node.log") as node:
                 node.wait_until_attached()
                 assert [lease.pid for lease in store.stats().leases] == [node.pid]
             wait_until(lambda: not store.stats().leases, log=store.log)
         assert "Traceback" not in store.log.read_text()
 
 
-def test_a_stopped_node_keeps_its_blob_and_holds_up_nobody_else(tmp_path: Path, manifest: PackManifest) -> None:
-    with RunningStore(tmp_path / "pack", tmp_path, "store.scrub_interval_s=0.05") as store:
+def test_a_stopped_node_keeps_its_blob_and_holds_up_nobody_else(socket_dir: Path, manifest: PackManifest) -> None:
+    with RunningStore(socket_dir / "pack", socket_dir, "store.scrub_interval_s=0.05") as store:
         store.wait_until_full()
         with (
-            NodeProcess(store, manifest.spec, tmp_path / "stopped.log") as stopped,
-            NodeProcess(store, manifest.spec, tmp_path / "awake.log") as awake,
+            NodeProcess(store, manifest.spec, socket_dir / "stopped.log") as stopped,
+            NodeProcess(store, manifest.spec, socket_dir / "awake.log") as awake,
         ):
             stopped.wait_until_attached()
             awake.wait_until_attached()
@@ -276,8 +278,8 @@ def damage_through_proc(store: RunningStore, layout: ArenaLayout, expert: Expert
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_strangers_process_gets_no_arena(tmp_path: Path, manifest: PackManifest) -> None:
-    with RunningStore(tmp_path / "pack", tmp_path, "store.allowed_uids=4242") as store:
+def test_a_strangers_process_gets_no_arena(socket_dir: Path, manifest: PackManifest) -> None:
+    with RunningStore(socket_dir / "pack", socket_dir, "store.allowed_uids=4242") as store:
         store.wait_until_full()
         assert ask_as_user(store, 4343) == (FdOp.REFUSED, "User 4343 may not attach to this store")
         assert ask_as_user(store, 4242)[0] is FdOp.ARENA

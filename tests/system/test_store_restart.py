@@ -25,13 +25,13 @@ EXPERTS = [ExpertId(layer, expert) for layer in range(2) for expert in range(4)]
 
 
 @pytest.fixture
-def manifest(tmp_path: Path) -> PackManifest:
-    return write_synthetic_pack(tmp_path / "pack")
+def manifest(socket_dir: Path) -> PackManifest:
+    return write_synthetic_pack(socket_dir / "pack")
 
 
 @pytest.fixture
-def store(tmp_path: Path, manifest: PackManifest) -> Iterator[RunningStore]:
-    with RunningStore(tmp_path / "pack", tmp_path) as running:
+def store(socket_dir: Path, manifest: PackManifest) -> Iterator[RunningStore]:
+    with RunningStore(socket_dir / "pack", socket_dir) as running:
         running.wait_until_full()
         yield running
 
@@ -74,13 +74,13 @@ def node(store: RunningStore, manifest: PackManifest) -> Iterator[Node]:
 
 
 def test_a_killed_store_is_missed_by_nobody_and_takes_its_arena_back(
-    tmp_path: Path, store: RunningStore, node: Node, capsys: pytest.CaptureFixture[str]
+    socket_dir: Path, store: RunningStore, node: Node, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uuid, registered, num_calls = node.client.arena_uuid, dict(node.pinning.registered), node.pinning.num_calls
     store.kill()
     node.wait_for(StoreState.FROZEN)
     node.check_blobs()
-    with RunningStore(tmp_path / "pack", tmp_path) as restarted:
+    with RunningStore(socket_dir / "pack", socket_dir) as restarted:
         restarted.wait_until_serving()
         serving_since = time.perf_counter()
         node.wait_for(StoreState.ATTACHED)
@@ -99,29 +99,29 @@ def test_a_killed_store_is_missed_by_nobody_and_takes_its_arena_back(
         assert restarted.stats().damaged_blobs == 0
 
 
-def test_a_store_that_was_stopped_takes_its_arena_back_too(tmp_path: Path, store: RunningStore, node: Node) -> None:
+def test_a_store_that_was_stopped_takes_its_arena_back_too(socket_dir: Path, store: RunningStore, node: Node) -> None:
     uuid = node.client.arena_uuid
     assert store.terminate() == 0
     node.wait_for(StoreState.FROZEN)
-    with RunningStore(tmp_path / "pack", tmp_path) as restarted:
+    with RunningStore(socket_dir / "pack", socket_dir) as restarted:
         node.wait_for(StoreState.ATTACHED)
         assert restarted.get_info().arena.uuid == uuid
         assert restarted.stats().adopted
 
 
 def test_a_store_without_living_nodes_fills_at_once(
-    tmp_path: Path, store: RunningStore, manifest: PackManifest
+    socket_dir: Path, store: RunningStore, manifest: PackManifest
 ) -> None:
-    with NodeProcess(store, manifest.spec, tmp_path / "node.log") as process:
+    with NodeProcess(store, manifest.spec, socket_dir / "node.log") as process:
         process.wait_until_attached()
         store.kill()
-    with RunningStore(tmp_path / "pack", tmp_path, "store.adopt_wait_s=3600") as restarted:
+    with RunningStore(socket_dir / "pack", socket_dir, "store.adopt_wait_s=3600") as restarted:
         restarted.wait_until_full()
         assert not restarted.stats().adopted
 
 
 def test_damage_while_the_store_was_away_is_quarantined_and_mended(
-    tmp_path: Path, store: RunningStore, node: Node
+    socket_dir: Path, store: RunningStore, node: Node
 ) -> None:
     arena = store.get_info().arena
     mapping = node.map_arena(store)
@@ -129,7 +129,7 @@ def test_damage_while_the_store_was_away_is_quarantined_and_mended(
     node.wait_for(StoreState.FROZEN)
     mapping.view[arena.data_offset + 6 * arena.blob_stride_bytes + 17] ^= 4
     node.listener.may_retire.clear()
-    with RunningStore(tmp_path / "pack", tmp_path) as restarted:
+    with RunningStore(socket_dir / "pack", socket_dir) as restarted:
         node.listener.wait_for("retiring", EXPERTS[6])
         with pytest.raises(Unavailable, match="L1E2"):
             node.client.source_address(EXPERTS[6])
@@ -142,13 +142,13 @@ def test_damage_while_the_store_was_away_is_quarantined_and_mended(
     mapping.close()
 
 
-def test_a_torn_directory_entry_is_read_again(tmp_path: Path, store: RunningStore, node: Node) -> None:
+def test_a_torn_directory_entry_is_read_again(socket_dir: Path, store: RunningStore, node: Node) -> None:
     """A store that was killed while it wrote leaves an entry that does not verify; its blob comes from the pack."""
     mapping = node.map_arena(store)
     store.kill()
     node.wait_for(StoreState.FROZEN)
     mapping.view[4096 + 3 * 64 + 5] ^= 1
-    with RunningStore(tmp_path / "pack", tmp_path) as restarted:
+    with RunningStore(socket_dir / "pack", socket_dir) as restarted:
         node.listener.wait_for("published", EXPERTS[3], times=2)
         restarted.wait_until_full()
         assert restarted.stats().adopted
@@ -159,7 +159,7 @@ def test_a_torn_directory_entry_is_read_again(tmp_path: Path, store: RunningStor
 
 @pytest.mark.parametrize("spoil", ["header", "state"])
 def test_an_arena_that_cannot_be_taken_back_is_let_go_before_the_new_one_is_mapped(
-    spoil: str, tmp_path: Path, store: RunningStore, node: Node
+    spoil: str, socket_dir: Path, store: RunningStore, node: Node
 ) -> None:
     uuid = node.client.arena_uuid
     mapping = node.map_arena(store)
@@ -170,7 +170,7 @@ def test_an_arena_that_cannot_be_taken_back_is_let_go_before_the_new_one_is_mapp
     else:
         (store.run_dir / "store.json").unlink()
     mapping.close()
-    with RunningStore(tmp_path / "pack", tmp_path, "store.adopt_wait_s=1") as restarted:
+    with RunningStore(socket_dir / "pack", socket_dir, "store.adopt_wait_s=1") as restarted:
         node.wait_for(StoreState.ATTACHED)
         assert node.client.arena_uuid == restarted.get_info().arena.uuid != uuid
         node.check_blobs()
@@ -181,32 +181,32 @@ def test_an_arena_that_cannot_be_taken_back_is_let_go_before_the_new_one_is_mapp
 
 
 def test_a_store_of_another_model_is_refused_and_the_node_serves_on(
-    tmp_path: Path, store: RunningStore, node: Node, caplog: pytest.LogCaptureFixture
+    socket_dir: Path, store: RunningStore, node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.kill()
     node.wait_for(StoreState.FROZEN)
-    other = write_synthetic_pack(tmp_path / "other", seed=1)
-    with RunningStore(tmp_path / "other", tmp_path) as wrong:
+    other = write_synthetic_pack(socket_dir / "other", seed=1)
+    with RunningStore(socket_dir / "other", socket_dir) as wrong:
         wrong.wait_until_full()
         wait_until(lambda: other.spec.fingerprint in caplog.text)
         assert node.manifest.spec.fingerprint in caplog.text
         assert node.client.state is StoreState.FROZEN
         node.check_blobs()
         assert list(wrong.stats().leases) == []
-    with RunningStore(tmp_path / "pack", tmp_path) as right:
+    with RunningStore(socket_dir / "pack", socket_dir) as right:
         node.wait_for(StoreState.ATTACHED)
         node.check_blobs()
         assert right.process.poll() is None
 
 
 def test_two_nodes_offer_the_arena_and_both_keep_it(
-    tmp_path: Path, store: RunningStore, manifest: PackManifest
+    socket_dir: Path, store: RunningStore, manifest: PackManifest
 ) -> None:
     nodes = [Node(store, manifest) for _ in range(3)]
     store.kill()
     for node in nodes:
         node.wait_for(StoreState.FROZEN)
-    with RunningStore(tmp_path / "pack", tmp_path) as restarted:
+    with RunningStore(socket_dir / "pack", socket_dir) as restarted:
         for node in nodes:
             node.wait_for(StoreState.ATTACHED)
             assert [node.client.source_address(expert) for expert in EXPERTS] == node.addresses
@@ -218,15 +218,15 @@ def test_two_nodes_offer_the_arena_and_both_keep_it(
 
 
 def test_a_store_waits_only_so_long_for_a_node_that_is_stopped(
-    tmp_path: Path, store: RunningStore, manifest: PackManifest
+    socket_dir: Path, store: RunningStore, manifest: PackManifest
 ) -> None:
     """A stopped node can neither hand the arena back nor let go of it; when it runs again it attaches anew."""
-    with NodeProcess(store, manifest.spec, tmp_path / "node.log") as process:
+    with NodeProcess(store, manifest.spec, socket_dir / "node.log") as process:
         process.wait_until_attached()
         store.kill()
         process.wait_for_state("frozen")
         os.kill(process.pid, signal.SIGSTOP)
-        with RunningStore(tmp_path / "pack", tmp_path, "store.adopt_wait_s=0.5") as restarted:
+        with RunningStore(socket_dir / "pack", socket_dir, "store.adopt_wait_s=0.5") as restarted:
             wait_until(lambda: "waiting up to 0.5 s" in restarted.log.read_text())
             assert restarted.wait_until_full().fill_state == pb.FILL_STATE_FULL
             assert not restarted.stats().adopted
@@ -235,15 +235,15 @@ def test_a_store_waits_only_so_long_for_a_node_that_is_stopped(
             assert process.ask("checksum") == checksum_of_pack(manifest.spec)
 
 
-def test_a_store_killed_while_a_node_attaches_is_waited_for(tmp_path: Path) -> None:
+def test_a_store_killed_while_a_node_attaches_is_waited_for(socket_dir: Path) -> None:
     """The node's first attach survives the store's death at any moment of the fill, and ends complete."""
-    manifest = write_synthetic_pack(tmp_path / "pack", layers=12, experts=8, expert_hidden=256, hidden=256)
-    stores = [RunningStore(tmp_path / "pack", tmp_path, "store.fill_threads=1")]
+    manifest = write_synthetic_pack(socket_dir / "pack", layers=12, experts=8, expert_hidden=256, hidden=256)
+    stores = [RunningStore(socket_dir / "pack", socket_dir, "store.fill_threads=1")]
 
     def replace_store_once(progress: AttachProgress) -> None:
         if len(stores) == 1:
             stores[0].kill()
-            stores.append(RunningStore(tmp_path / "pack", tmp_path))
+            stores.append(RunningStore(socket_dir / "pack", socket_dir))
 
     client = StoreClient(stores[0].endpoint, None, RecordingPinning(), RecordingListener())
     try:
@@ -262,7 +262,7 @@ def test_a_store_killed_while_a_node_attaches_is_waited_for(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_stopped_store_is_missed_by_keepalive_and_found_again(
-    tmp_path: Path, store: RunningStore, node: Node
+    socket_dir: Path, store: RunningStore, node: Node
 ) -> None:
     """Nothing is sent between the two for minutes at a time; a store that hangs must be noticed all the same."""
     uuid = node.client.arena_uuid
