@@ -120,6 +120,6 @@ class ComputeConfig:
             if count > _MAX_COUNT:
                 raise ValueError(f"compute.{name} is {count}; allowed: up to {_MAX_COUNT}")
         if self.metrics_listen:
-            port = self.metrics_listen.rpartition(":")[2]
-            if not port.isdecimal() or int(port) > _MAX_PORT:
+            host, _, port = self.metrics_listen.rpartition(":")
+            if not host or not port.isdecimal() or int(port) > _MAX_PORT:
                 raise ValueError(f"compute.metrics_listen is {self.metrics_listen!r}; expected host:port")
