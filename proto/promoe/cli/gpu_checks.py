@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.metadata
-import importlib.util
 
 from promoe.cli.diagnosis import Finding, ok, warn
 from promoe.cli.quantity import format_nbytes
@@ -57,7 +56,7 @@ def check_gpu() -> list[Finding]:
         ok("gpu driver", f"CUDA {driver.version()}"),
         ok("gpu", "; ".join(devices)),
         _check_torch_build(),
-        _check_cupy(major),
+        _check_bindings(major),
     ]
 
 
@@ -67,15 +66,19 @@ def _check_torch_build() -> Finding:
     except importlib.metadata.PackageNotFoundError:
         return warn("torch build", "torch is not installed", "pip install torch")
     if version.endswith("+cpu"):
-        return warn("torch build", f"{version} cannot use the GPU", "install torch's CUDA build from pytorch.org")
+        return warn(
+            "torch build", f"{version} cannot use the GPU", "install torch's CUDA build, as PyTorch's install page says"
+        )
     return ok("torch build", version)
 
 
-def _check_cupy(cuda_major: str) -> Finding:
-    if importlib.util.find_spec("cupy") is None:
+def _check_bindings(cuda_major: str) -> Finding:
+    try:
+        version = importlib.metadata.version("cuda-bindings")
+    except importlib.metadata.PackageNotFoundError:
         return warn(
-            "cupy",
-            "not installed; the GPU cannot be used without it",
-            f"pip install 'promoe[cuda{cuda_major}]'",
+            "cuda bindings",
+            "not installed; the GPU cannot be used without them",
+            f"pip install 'cuda-bindings=={cuda_major}.*' (the extra cuda{cuda_major} does)",
         )
-    return ok("cupy", "installed")
+    return ok("cuda bindings", version)
