@@ -3,6 +3,7 @@
 import logging
 import os
 import pty
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,21 +25,22 @@ def test_elsewhere_there_is_a_line_every_ten_percent(caplog: pytest.LogCaptureFi
 
 
 @contextmanager
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """Standard error as a terminal; yields how to read what it shows."""
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Standard error as a terminal; yields how to read what it shows, up to a text that must come."""
     controller, device = pty.openpty()
-    os.set_blocking(controller, False)
     with os.fdopen(device, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setenv("COLUMNS", "100")
         monkeypatch.setenv("TERM", "xterm")
 
-        def shown() -> str:
+        def shown(awaited: str) -> str:
             stream.flush()
-            try:
-                return os.read(controller, 1 << 16).decode()
-            except BlockingIOError:
-                return ""
+            text = ""
+            # The kernel hands a terminal's output over in pieces, and when it likes.
+            while awaited not in text:
+                assert select.select([controller], [], [], 20)[0], f"{awaited!r} came in 20 s, not only {text!r}"
+                text += os.read(controller, 1 << 16).decode()
+            return text
 
         yield shown
     os.close(controller)
@@ -49,9 +51,7 @@ def test_a_terminal_shows_a_bar_to_the_end(monkeypatch: pytest.MonkeyPatch, capl
         progress = FillProgress(3 << 20)
         for filled in range(0, (3 << 20) + 1, 1 << 18):
             progress.update(filled)
-        text = shown()
-        assert "Filling the arena" in text
-        assert "3.0/3.0 MiB" in text
+        assert "Filling the arena" in shown("3.0/3.0 MiB")
         progress.close()
     assert caplog.records == []
 
@@ -59,4 +59,5 @@ def test_a_terminal_shows_a_bar_to_the_end(monkeypatch: pytest.MonkeyPatch, capl
 def test_a_terminal_shows_nothing_when_nothing_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as shown:
         FillProgress(3 << 20).close()
-        assert shown() == ""
+        sys.stderr.write("end")
+        assert shown("end") == "end"

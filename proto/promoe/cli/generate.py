@@ -12,7 +12,7 @@ from promoe.cli.options import EndpointOption, JsonOption, RunDirOption
 from promoe.cli.run_dir import RunDir, find_endpoint
 from promoe.cli.sampling_options import SamplingFlags
 from promoe.client import Client, GenerationStream
-from promoe.errors import InvalidInput
+from promoe.errors import InvalidInput, PromoeError
 from promoe.generation import Answer, Prompt
 
 
@@ -52,9 +52,16 @@ def _prompt(text: str, flags: GenerateFlags) -> Prompt:
 
 def stream_answer(stream: GenerationStream) -> None:
     """Text to standard output as it comes, the line of figures to standard error."""
-    for piece in stream:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    try:
+        for piece in stream:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except (PromoeError, KeyboardInterrupt):
+        # What is said next, and the shell's prompt, begin on a line of their own.
+        if stream.text:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        raise
     sys.stdout.write("\n")
     sys.stdout.flush()
     if stream.answer.usage is not None:
