@@ -1,6 +1,6 @@
 """Configuration: one TOML file, frozen dataclasses, unknown keys are errors.
 
-The file has one table per service (`[store]`, `[compute]`) and shared ones (`[log]`). A service loads its own table
+The file has one table per service (`[store]`, `[compute]`, `[predictor]`) and shared ones (`[log]`). A service loads its own table
 and the shared ones; keys of other services' tables are theirs to check.
 """
 
@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Final, TypeVar
 
-SECTIONS: Final = ("store", "compute", "log")
+SECTIONS: Final = ("store", "compute", "predictor", "log")
 
 _T = TypeVar("_T")
 

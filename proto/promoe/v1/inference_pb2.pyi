@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from promoe.v1 import model_pb2 as _model_pb2
+from promoe.v1 import predictor_pb2 as _predictor_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -40,6 +41,29 @@ ENGINE_KIND_CONTINUOUS: EngineKind.ValueType  # 1
 ENGINE_KIND_INTERLEAVED: EngineKind.ValueType  # 2
 """Requests interleaved step by step, each with its own Transformers KV cache."""
 Global___EngineKind: _TypeAlias = EngineKind  # noqa: Y015
+
+class _PredictorState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PredictorStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PredictorState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PREDICTOR_STATE_UNSPECIFIED: _PredictorState.ValueType  # 0
+    PREDICTOR_STATE_NONE: _PredictorState.ValueType  # 1
+    """The node was started without one."""
+    PREDICTOR_STATE_CONNECTED: _PredictorState.ValueType  # 2
+    PREDICTOR_STATE_AWAY: _PredictorState.ValueType  # 3
+    """Not reached at the moment: the cache reacts only."""
+
+class PredictorState(_PredictorState, metaclass=_PredictorStateEnumTypeWrapper): ...
+
+PREDICTOR_STATE_UNSPECIFIED: PredictorState.ValueType  # 0
+PREDICTOR_STATE_NONE: PredictorState.ValueType  # 1
+"""The node was started without one."""
+PREDICTOR_STATE_CONNECTED: PredictorState.ValueType  # 2
+PREDICTOR_STATE_AWAY: PredictorState.ValueType  # 3
+"""Not reached at the moment: the cache reacts only."""
+Global___PredictorState: _TypeAlias = PredictorState  # noqa: Y015
 
 class _StoreState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -87,6 +111,48 @@ FINISH_REASON_CONTEXT_FULL: FinishReason.ValueType  # 5
 """The context is full, although `max_tokens` would have allowed more."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _HintFate:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HintFateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HintFate.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HINT_FATE_UNSPECIFIED: _HintFate.ValueType  # 0
+    HINT_FATE_TAKEN: _HintFate.ValueType  # 1
+    HINT_FATE_LATE: _HintFate.ValueType  # 2
+    HINT_FATE_INVALID: _HintFate.ValueType  # 3
+    HINT_FATE_WRONG_VERSION: _HintFate.ValueType  # 4
+    HINT_FATE_OVERFLOW: _HintFate.ValueType  # 5
+
+class HintFate(_HintFate, metaclass=_HintFateEnumTypeWrapper): ...
+
+HINT_FATE_UNSPECIFIED: HintFate.ValueType  # 0
+HINT_FATE_TAKEN: HintFate.ValueType  # 1
+HINT_FATE_LATE: HintFate.ValueType  # 2
+HINT_FATE_INVALID: HintFate.ValueType  # 3
+HINT_FATE_WRONG_VERSION: HintFate.ValueType  # 4
+HINT_FATE_OVERFLOW: HintFate.ValueType  # 5
+Global___HintFate: _TypeAlias = HintFate  # noqa: Y015
+
+class _LoadReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LoadReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoadReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LOAD_REASON_UNSPECIFIED: _LoadReason.ValueType  # 0
+    LOAD_REASON_DEMAND: _LoadReason.ValueType  # 1
+    LOAD_REASON_PREFETCH: _LoadReason.ValueType  # 2
+    LOAD_REASON_STREAM: _LoadReason.ValueType  # 3
+
+class LoadReason(_LoadReason, metaclass=_LoadReasonEnumTypeWrapper): ...
+
+LOAD_REASON_UNSPECIFIED: LoadReason.ValueType  # 0
+LOAD_REASON_DEMAND: LoadReason.ValueType  # 1
+LOAD_REASON_PREFETCH: LoadReason.ValueType  # 2
+LOAD_REASON_STREAM: LoadReason.ValueType  # 3
+Global___LoadReason: _TypeAlias = LoadReason  # noqa: Y015
+
 @_typing.final
 class InferenceGetInfoRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -114,6 +180,7 @@ class InferenceGetInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     EXPERT_CACHE_FIELD_NUMBER: _builtins.int
     STORE_FIELD_NUMBER: _builtins.int
+    PREDICTOR_FIELD_NUMBER: _builtins.int
     engine: Global___EngineKind.ValueType
     engine_reason: _builtins.str
     """Why this engine serves the model, one sentence."""
@@ -129,6 +196,8 @@ class InferenceGetInfoResponse(_message.Message):
     def expert_cache(self) -> Global___CacheShape: ...
     @_builtins.property
     def store(self) -> Global___StoreLink: ...
+    @_builtins.property
+    def predictor(self) -> Global___PredictorLink: ...
     def __init__(
         self,
         *,
@@ -140,10 +209,11 @@ class InferenceGetInfoResponse(_message.Message):
         limits: Global___Limits | None = ...,
         expert_cache: Global___CacheShape | None = ...,
         store: Global___StoreLink | None = ...,
+        predictor: Global___PredictorLink | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "expert_cache", b"expert_cache", "limits", b"limits", "model", b"model", "service", b"service", "store", b"store"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "expert_cache", b"expert_cache", "limits", b"limits", "model", b"model", "predictor", b"predictor", "service", b"service", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "engine", b"engine", "engine_reason", b"engine_reason", "expert_cache", b"expert_cache", "limits", b"limits", "model", b"model", "service", b"service", "store", b"store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "engine", b"engine", "engine_reason", b"engine_reason", "expert_cache", b"expert_cache", "limits", b"limits", "model", b"model", "predictor", b"predictor", "service", b"service", "store", b"store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,6 +304,8 @@ class CacheShape(_message.Message):
     EVICTION_FIELD_NUMBER: _builtins.int
     CHUNK_NBYTES_FIELD_NUMBER: _builtins.int
     MAX_CHUNKS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    SLOT_SPLIT_FIELD_NUMBER: _builtins.int
     slots_per_layer: _builtins.int
     slot_nbytes: _builtins.int
     cache_rate: _builtins.float
@@ -241,6 +313,10 @@ class CacheShape(_message.Message):
     eviction: _builtins.str
     chunk_nbytes: _builtins.int
     max_chunks_in_flight: _builtins.int
+    policy: _builtins.str
+    """The named set of scheduling settings, as in `compute.policy`."""
+    slot_split: _builtins.str
+    """`layer`: every layer has an equal share of the slots; `global`: all layers share them."""
     def __init__(
         self,
         *,
@@ -250,14 +326,44 @@ class CacheShape(_message.Message):
         eviction: _builtins.str = ...,
         chunk_nbytes: _builtins.int = ...,
         max_chunks_in_flight: _builtins.int = ...,
+        policy: _builtins.str = ...,
+        slot_split: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_rate", b"cache_rate", "chunk_nbytes", b"chunk_nbytes", "eviction", b"eviction", "max_chunks_in_flight", b"max_chunks_in_flight", "slot_nbytes", b"slot_nbytes", "slots_per_layer", b"slots_per_layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_rate", b"cache_rate", "chunk_nbytes", b"chunk_nbytes", "eviction", b"eviction", "max_chunks_in_flight", b"max_chunks_in_flight", "policy", b"policy", "slot_nbytes", b"slot_nbytes", "slot_split", b"slot_split", "slots_per_layer", b"slots_per_layer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CacheShape: _TypeAlias = CacheShape  # noqa: Y015
+
+@_typing.final
+class PredictorLink(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ACTIVE_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    state: Global___PredictorState.ValueType
+    @_builtins.property
+    def active(self) -> _predictor_pb2.PredictorVersion:
+        """The version whose hints are taken; absent while not connected."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        state: Global___PredictorState.ValueType = ...,
+        active: _predictor_pb2.PredictorVersion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "endpoint", b"endpoint", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredictorLink: _TypeAlias = PredictorLink  # noqa: Y015
 
 @_typing.final
 class StoreLink(_message.Message):
@@ -844,12 +950,19 @@ class PhaseStats(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     STALL_S_FIELD_NUMBER: _builtins.int
     DEMAND_BYTES_FIELD_NUMBER: _builtins.int
+    LATE_PREFETCHES_FIELD_NUMBER: _builtins.int
+    LATE_PREFETCH_STALL_S_FIELD_NUMBER: _builtins.int
     hits: _builtins.int
     misses: _builtins.int
     steps: _builtins.int
     tokens: _builtins.int
     stall_s: _builtins.float
+    """Over all causes."""
     demand_bytes: _builtins.int
+    late_prefetches: _builtins.int
+    """Those of `misses` whose load was under way: prefetched, but not in time."""
+    late_prefetch_stall_s: _builtins.float
+    """The part of `stall_s` that was spent on them."""
     def __init__(
         self,
         *,
@@ -859,10 +972,12 @@ class PhaseStats(_message.Message):
         tokens: _builtins.int = ...,
         stall_s: _builtins.float = ...,
         demand_bytes: _builtins.int = ...,
+        late_prefetches: _builtins.int = ...,
+        late_prefetch_stall_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_bytes", b"demand_bytes", "hits", b"hits", "misses", b"misses", "stall_s", b"stall_s", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_bytes", b"demand_bytes", "hits", b"hits", "late_prefetch_stall_s", b"late_prefetch_stall_s", "late_prefetches", b"late_prefetches", "misses", b"misses", "stall_s", b"stall_s", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -878,12 +993,15 @@ class LayerStats(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     MISSES_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
+    PREFETCHING_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     resident: _builtins.int
     loading: _builtins.int
     hits: _builtins.int
     misses: _builtins.int
     evictions: _builtins.int
+    prefetching: _builtins.bool
+    """False while prefetching for this layer is switched off because it cost more than it saved."""
     def __init__(
         self,
         *,
@@ -893,10 +1011,11 @@ class LayerStats(_message.Message):
         hits: _builtins.int = ...,
         misses: _builtins.int = ...,
         evictions: _builtins.int = ...,
+        prefetching: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evictions", b"evictions", "hits", b"hits", "layer", b"layer", "loading", b"loading", "misses", b"misses", "resident", b"resident"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evictions", b"evictions", "hits", b"hits", "layer", b"layer", "loading", b"loading", "misses", b"misses", "prefetching", b"prefetching", "resident", b"resident"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -914,6 +1033,8 @@ class CacheStatsResponse(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
+    PREFETCH_FIELD_NUMBER: _builtins.int
+    HINTS_FIELD_NUMBER: _builtins.int
     uploaded_bytes: _builtins.int
     link_busy_s: _builtins.float
     running_requests: _builtins.int
@@ -926,6 +1047,10 @@ class CacheStatsResponse(_message.Message):
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerStats]: ...
     @_builtins.property
     def shape(self) -> Global___CacheShape: ...
+    @_builtins.property
+    def prefetch(self) -> Global___PrefetchStats: ...
+    @_builtins.property
+    def hints(self) -> Global___HintStats: ...
     def __init__(
         self,
         *,
@@ -937,11 +1062,542 @@ class CacheStatsResponse(_message.Message):
         shape: Global___CacheShape | None = ...,
         running_requests: _builtins.int = ...,
         queued_requests: _builtins.int = ...,
+        prefetch: Global___PrefetchStats | None = ...,
+        hints: Global___HintStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill", "shape", b"shape"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "hints", b"hints", "prefetch", b"prefetch", "prefill", b"prefill", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "layers", b"layers", "link_busy_s", b"link_busy_s", "prefill", b"prefill", "queued_requests", b"queued_requests", "running_requests", b"running_requests", "shape", b"shape", "uploaded_bytes", b"uploaded_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "hints", b"hints", "layers", b"layers", "link_busy_s", b"link_busy_s", "prefetch", b"prefetch", "prefill", b"prefill", "queued_requests", b"queued_requests", "running_requests", b"running_requests", "shape", b"shape", "uploaded_bytes", b"uploaded_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CacheStatsResponse: _TypeAlias = CacheStatsResponse  # noqa: Y015
+
+@_typing.final
+class PrefetchStats(_message.Message):
+    """Bytes that were loaded before they were needed, by what became of them. What is neither used nor evicted yet is in
+    none of the three.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USEFUL_BYTES_FIELD_NUMBER: _builtins.int
+    LATE_BYTES_FIELD_NUMBER: _builtins.int
+    WASTED_BYTES_FIELD_NUMBER: _builtins.int
+    STREAMED_BYTES_FIELD_NUMBER: _builtins.int
+    LINK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    useful_bytes: _builtins.int
+    """Arrived before its layer's routing was known, and was routed."""
+    late_bytes: _builtins.int
+    """Routed, but still under way then."""
+    wasted_bytes: _builtins.int
+    """Evicted, or dropped half way, without having been routed."""
+    streamed_bytes: _builtins.int
+    """Layers of a prefill loaded in order, without a predictor; counted apart from the three above."""
+    link_bytes_per_s: _builtins.float
+    """What the link carries, as measured."""
+    def __init__(
+        self,
+        *,
+        useful_bytes: _builtins.int = ...,
+        late_bytes: _builtins.int = ...,
+        wasted_bytes: _builtins.int = ...,
+        streamed_bytes: _builtins.int = ...,
+        link_bytes_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["late_bytes", b"late_bytes", "link_bytes_per_s", b"link_bytes_per_s", "streamed_bytes", b"streamed_bytes", "useful_bytes", b"useful_bytes", "wasted_bytes", b"wasted_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchStats: _TypeAlias = PrefetchStats  # noqa: Y015
+
+@_typing.final
+class HintStats(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAKEN_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    INVALID_FIELD_NUMBER: _builtins.int
+    WRONG_VERSION_FIELD_NUMBER: _builtins.int
+    OVERFLOW_FIELD_NUMBER: _builtins.int
+    OBSERVATIONS_SENT_FIELD_NUMBER: _builtins.int
+    OBSERVATIONS_DROPPED_FIELD_NUMBER: _builtins.int
+    QUALITIES_FIELD_NUMBER: _builtins.int
+    LATENCY_FIELD_NUMBER: _builtins.int
+    TIME_UNTIL_USE_FIELD_NUMBER: _builtins.int
+    taken: _builtins.int
+    late: _builtins.int
+    invalid: _builtins.int
+    wrong_version: _builtins.int
+    overflow: _builtins.int
+    """Dropped here because too many came."""
+    observations_sent: _builtins.int
+    observations_dropped: _builtins.int
+    """Dropped before they were sent: the service, or the way to it, was too slow."""
+    @_builtins.property
+    def qualities(self) -> _containers.RepeatedCompositeFieldContainer[Global___HintQuality]: ...
+    @_builtins.property
+    def latency(self) -> Global___Histogram:
+        """Observation sent to hint taken notice of."""
+
+    @_builtins.property
+    def time_until_use(self) -> Global___Histogram:
+        """Hint taken notice of to its layer's routing being known."""
+
+    def __init__(
+        self,
+        *,
+        taken: _builtins.int = ...,
+        late: _builtins.int = ...,
+        invalid: _builtins.int = ...,
+        wrong_version: _builtins.int = ...,
+        overflow: _builtins.int = ...,
+        observations_sent: _builtins.int = ...,
+        observations_dropped: _builtins.int = ...,
+        qualities: _abc.Iterable[Global___HintQuality] | None = ...,
+        latency: Global___Histogram | None = ...,
+        time_until_use: Global___Histogram | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latency", b"latency", "time_until_use", b"time_until_use"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invalid", b"invalid", "late", b"late", "latency", b"latency", "observations_dropped", b"observations_dropped", "observations_sent", b"observations_sent", "overflow", b"overflow", "qualities", b"qualities", "taken", b"taken", "time_until_use", b"time_until_use", "wrong_version", b"wrong_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HintStats: _TypeAlias = HintStats  # noqa: Y015
+
+@_typing.final
+class HintQuality(_message.Message):
+    """How well one version predicted one layer at one lookahead in one phase. All counts are over experts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    LOOKAHEAD_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    HINTS_FIELD_NUMBER: _builtins.int
+    HINTED_FIELD_NUMBER: _builtins.int
+    CORRECT_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    ROUTED_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    layer: _builtins.int
+    lookahead: _builtins.int
+    phase: _predictor_pb2.StepPhase.ValueType
+    hints: _builtins.int
+    """Layers of steps with a hint."""
+    hinted: _builtins.int
+    """Experts in the heads of the hints (`num_expected` of each)."""
+    correct: _builtins.int
+    """Those of `hinted` that were routed: accuracy = correct / hinted."""
+    ready: _builtins.int
+    """Those of `hinted` that were READY when the routing became known: fetch rate = ready / hinted."""
+    routed: _builtins.int
+    """Experts that were routed."""
+    @_builtins.property
+    def found(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """By n: routed experts found among the first n + 1 of the list, so that recall@(n + 1) = found[n] / routed."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        layer: _builtins.int = ...,
+        lookahead: _builtins.int = ...,
+        phase: _predictor_pb2.StepPhase.ValueType = ...,
+        hints: _builtins.int = ...,
+        hinted: _builtins.int = ...,
+        correct: _builtins.int = ...,
+        ready: _builtins.int = ...,
+        routed: _builtins.int = ...,
+        found: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["correct", b"correct", "found", b"found", "hinted", b"hinted", "hints", b"hints", "layer", b"layer", "lookahead", b"lookahead", "phase", b"phase", "ready", b"ready", "routed", b"routed", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HintQuality: _TypeAlias = HintQuality  # noqa: Y015
+
+@_typing.final
+class Histogram(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOUNDS_S_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def bounds_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Upper bounds of the buckets, in seconds; the last bucket has none."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One more than bounds."""
+
+    def __init__(
+        self,
+        *,
+        bounds_s: _abc.Iterable[_builtins.float] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounds_s", b"bounds_s", "counts", b"counts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Histogram: _TypeAlias = Histogram  # noqa: Y015
+
+@_typing.final
+class CacheMapRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheMapRequest: _TypeAlias = CacheMapRequest  # noqa: Y015
+
+@_typing.final
+class CacheMapResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_MOE_LAYERS_FIELD_NUMBER: _builtins.int
+    NUM_EXPERTS_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    num_moe_layers: _builtins.int
+    num_experts: _builtins.int
+    experts: _builtins.bytes
+    """One byte per expert, by layer and expert: bit 0 resident, bit 1 loading, bit 2 hinted for the running or the next
+    step, bit 3 routed in the layer's last step, bit 4 that was a miss.
+    """
+    step: _builtins.int
+    """The running step, or the last one."""
+    layer: _builtins.int
+    """The MoE layer that was computed last."""
+    def __init__(
+        self,
+        *,
+        num_moe_layers: _builtins.int = ...,
+        num_experts: _builtins.int = ...,
+        experts: _builtins.bytes = ...,
+        step: _builtins.int = ...,
+        layer: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "layer", b"layer", "num_experts", b"num_experts", "num_moe_layers", b"num_moe_layers", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheMapResponse: _TypeAlias = CacheMapResponse  # noqa: Y015
+
+@_typing.final
+class TraceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_ROWS_FIELD_NUMBER: _builtins.int
+    LAYER_INPUT_FIELD_NUMBER: _builtins.int
+    ROUTER_INPUT_FIELD_NUMBER: _builtins.int
+    max_rows: _builtins.int
+    """Hidden states of at most so many tokens of each step are recorded; 0: none."""
+    layer_input: _builtins.bool
+    router_input: _builtins.bool
+    def __init__(
+        self,
+        *,
+        max_rows: _builtins.int = ...,
+        layer_input: _builtins.bool = ...,
+        router_input: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_input", b"layer_input", "max_rows", b"max_rows", "router_input", b"router_input"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
+
+@_typing.final
+class TraceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    DROPPED_STEPS_FIELD_NUMBER: _builtins.int
+    dropped_steps: _builtins.int
+    """Steps left out so far because the reader was too slow. A trace with gaps can be learned from, not replayed."""
+    @_builtins.property
+    def header(self) -> Global___TraceHeader:
+        """Set in the first message."""
+
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceEvent]: ...
+    def __init__(
+        self,
+        *,
+        header: Global___TraceHeader | None = ...,
+        events: _abc.Iterable[Global___TraceEvent] | None = ...,
+        dropped_steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_steps", b"dropped_steps", "events", b"events", "header", b"header"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceResponse: _TypeAlias = TraceResponse  # noqa: Y015
+
+@_typing.final
+class TraceHeader(_message.Message):
+    """What a replay must know about the run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    BLOB_BYTES_FIELD_NUMBER: _builtins.int
+    LINK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    BEGAN_UNIX_S_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    HISTORY_JSON_FIELD_NUMBER: _builtins.int
+    blob_bytes: _builtins.int
+    link_bytes_per_s: _builtins.float
+    began_unix_s: _builtins.float
+    """Unix time of the trace's beginning, for people."""
+    history_json: _builtins.str
+    """What eviction remembers, as JSON: a replay starts from it."""
+    @_builtins.property
+    def service(self) -> _model_pb2.ServiceInfo: ...
+    @_builtins.property
+    def model(self) -> _model_pb2.ModelSpec: ...
+    @_builtins.property
+    def shape(self) -> Global___CacheShape: ...
+    @_builtins.property
+    def device(self) -> Global___DeviceInfo: ...
+    @_builtins.property
+    def resident(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Per slot the expert it holds as layer * num_experts + expert, or -1; in the order of the slots."""
+
+    def __init__(
+        self,
+        *,
+        service: _model_pb2.ServiceInfo | None = ...,
+        model: _model_pb2.ModelSpec | None = ...,
+        shape: Global___CacheShape | None = ...,
+        device: Global___DeviceInfo | None = ...,
+        blob_bytes: _builtins.int = ...,
+        link_bytes_per_s: _builtins.float = ...,
+        began_unix_s: _builtins.float = ...,
+        resident: _abc.Iterable[_builtins.int] | None = ...,
+        history_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "model", b"model", "service", b"service", "shape", b"shape"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_unix_s", b"began_unix_s", "blob_bytes", b"blob_bytes", "device", b"device", "history_json", b"history_json", "link_bytes_per_s", b"link_bytes_per_s", "model", b"model", "resident", b"resident", "service", b"service", "shape", b"shape"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceHeader: _TypeAlias = TraceHeader  # noqa: Y015
+
+@_typing.final
+class TraceEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def step(self) -> Global___TraceStep: ...
+    @_builtins.property
+    def layer(self) -> Global___TraceLayer: ...
+    @_builtins.property
+    def hint(self) -> Global___TraceHint: ...
+    @_builtins.property
+    def load(self) -> Global___TraceLoad: ...
+    def __init__(
+        self,
+        *,
+        step: Global___TraceStep | None = ...,
+        layer: Global___TraceLayer | None = ...,
+        hint: Global___TraceHint | None = ...,
+        load: Global___TraceLoad | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hint", b"hint", "layer", b"layer", "load", b"load", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hint", b"hint", "layer", b"layer", "load", b"load", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["step", "layer", "hint", "load"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___TraceEvent: _TypeAlias = TraceEvent  # noqa: Y015
+
+@_typing.final
+class TraceStep(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_S_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    ENDED_REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    at_s: _builtins.float
+    @_builtins.property
+    def start(self) -> _predictor_pb2.StepStart: ...
+    @_builtins.property
+    def ended_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        at_s: _builtins.float = ...,
+        start: _predictor_pb2.StepStart | None = ...,
+        ended_request_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "ended_request_ids", b"ended_request_ids", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceStep: _TypeAlias = TraceStep  # noqa: Y015
+
+@_typing.final
+class TraceLayer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_S_FIELD_NUMBER: _builtins.int
+    END_S_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    TOPK_IDS_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    STALL_S_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    LAYER_INPUT_FIELD_NUMBER: _builtins.int
+    ROUTER_INPUT_FIELD_NUMBER: _builtins.int
+    at_s: _builtins.float
+    end_s: _builtins.float
+    step: _builtins.int
+    layer: _builtins.int
+    num_tokens: _builtins.int
+    topk_ids: _builtins.bytes
+    """uint16, (tokens, experts per token)."""
+    stall_s: _builtins.float
+    @_builtins.property
+    def hits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def misses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def late(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def layer_input(self) -> _predictor_pb2.Tensor: ...
+    @_builtins.property
+    def router_input(self) -> _predictor_pb2.Tensor: ...
+    def __init__(
+        self,
+        *,
+        at_s: _builtins.float = ...,
+        end_s: _builtins.float = ...,
+        step: _builtins.int = ...,
+        layer: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        topk_ids: _builtins.bytes = ...,
+        hits: _abc.Iterable[_builtins.int] | None = ...,
+        misses: _abc.Iterable[_builtins.int] | None = ...,
+        late: _abc.Iterable[_builtins.int] | None = ...,
+        stall_s: _builtins.float = ...,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
+        layer_input: _predictor_pb2.Tensor | None = ...,
+        router_input: _predictor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layer_input", b"layer_input", "router_input", b"router_input"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "end_s", b"end_s", "hits", b"hits", "late", b"late", "layer", b"layer", "layer_input", b"layer_input", "misses", b"misses", "num_tokens", b"num_tokens", "router_input", b"router_input", "rows", b"rows", "stall_s", b"stall_s", "step", b"step", "topk_ids", b"topk_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceLayer: _TypeAlias = TraceLayer  # noqa: Y015
+
+@_typing.final
+class TraceHint(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_S_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
+    FATE_FIELD_NUMBER: _builtins.int
+    LATENCY_S_FIELD_NUMBER: _builtins.int
+    at_s: _builtins.float
+    fate: Global___HintFate.ValueType
+    latency_s: _builtins.float
+    @_builtins.property
+    def hint(self) -> _predictor_pb2.Hint: ...
+    def __init__(
+        self,
+        *,
+        at_s: _builtins.float = ...,
+        hint: _predictor_pb2.Hint | None = ...,
+        fate: Global___HintFate.ValueType = ...,
+        latency_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_s", b"_latency_s", "hint", b"hint", "latency_s", b"latency_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_s", b"_latency_s", "at_s", b"at_s", "fate", b"fate", "hint", b"hint", "latency_s", b"latency_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__latency_s: _TypeAlias = _typing.Literal["latency_s"]  # noqa: Y015
+    _WhichOneofArgType__latency_s: _TypeAlias = _typing.Literal["_latency_s", b"_latency_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__latency_s) -> _WhichOneofReturnType__latency_s | None: ...
+
+Global___TraceHint: _TypeAlias = TraceHint  # noqa: Y015
+
+@_typing.final
+class TraceLoad(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_S_FIELD_NUMBER: _builtins.int
+    BEGIN_S_FIELD_NUMBER: _builtins.int
+    END_S_FIELD_NUMBER: _builtins.int
+    EXPERT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    NBYTES_FIELD_NUMBER: _builtins.int
+    at_s: _builtins.float
+    begin_s: _builtins.float
+    end_s: _builtins.float
+    reason: Global___LoadReason.ValueType
+    nbytes: _builtins.int
+    @_builtins.property
+    def expert(self) -> _model_pb2.ExpertId: ...
+    def __init__(
+        self,
+        *,
+        at_s: _builtins.float = ...,
+        begin_s: _builtins.float = ...,
+        end_s: _builtins.float = ...,
+        expert: _model_pb2.ExpertId | None = ...,
+        reason: Global___LoadReason.ValueType = ...,
+        nbytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "begin_s", b"begin_s", "end_s", b"end_s", "expert", b"expert", "nbytes", b"nbytes", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceLoad: _TypeAlias = TraceLoad  # noqa: Y015

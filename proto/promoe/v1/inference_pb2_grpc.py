@@ -60,6 +60,16 @@ class InferenceStub(object):
                 request_serializer=promoe_dot_v1_dot_inference__pb2.CacheStatsRequest.SerializeToString,
                 response_deserializer=promoe_dot_v1_dot_inference__pb2.CacheStatsResponse.FromString,
                 _registered_method=True)
+        self.CacheMap = channel.unary_unary(
+                '/promoe.v1.Inference/CacheMap',
+                request_serializer=promoe_dot_v1_dot_inference__pb2.CacheMapRequest.SerializeToString,
+                response_deserializer=promoe_dot_v1_dot_inference__pb2.CacheMapResponse.FromString,
+                _registered_method=True)
+        self.Trace = channel.unary_stream(
+                '/promoe.v1.Inference/Trace',
+                request_serializer=promoe_dot_v1_dot_inference__pb2.TraceRequest.SerializeToString,
+                response_deserializer=promoe_dot_v1_dot_inference__pb2.TraceResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer(object):
@@ -103,6 +113,21 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CacheMap(self, request, context):
+        """What every expert is doing right now, for a live view. Idempotent; the caller may retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Trace(self, request, context):
+        """Everything the expert cache is told, from the next step on, for as long as the call lasts: one trace at a time, a
+        second is refused with RESOURCE_EXHAUSTED. When the reader is too slow, whole steps are left out and counted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -130,6 +155,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.CacheStats,
                     request_deserializer=promoe_dot_v1_dot_inference__pb2.CacheStatsRequest.FromString,
                     response_serializer=promoe_dot_v1_dot_inference__pb2.CacheStatsResponse.SerializeToString,
+            ),
+            'CacheMap': grpc.unary_unary_rpc_method_handler(
+                    servicer.CacheMap,
+                    request_deserializer=promoe_dot_v1_dot_inference__pb2.CacheMapRequest.FromString,
+                    response_serializer=promoe_dot_v1_dot_inference__pb2.CacheMapResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_stream_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=promoe_dot_v1_dot_inference__pb2.TraceRequest.FromString,
+                    response_serializer=promoe_dot_v1_dot_inference__pb2.TraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +303,60 @@ class Inference(object):
             '/promoe.v1.Inference/CacheStats',
             promoe_dot_v1_dot_inference__pb2.CacheStatsRequest.SerializeToString,
             promoe_dot_v1_dot_inference__pb2.CacheStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CacheMap(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promoe.v1.Inference/CacheMap',
+            promoe_dot_v1_dot_inference__pb2.CacheMapRequest.SerializeToString,
+            promoe_dot_v1_dot_inference__pb2.CacheMapResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/promoe.v1.Inference/Trace',
+            promoe_dot_v1_dot_inference__pb2.TraceRequest.SerializeToString,
+            promoe_dot_v1_dot_inference__pb2.TraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

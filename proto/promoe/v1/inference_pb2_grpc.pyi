@@ -46,6 +46,12 @@ class InferenceStub:
     """Idempotent; the caller may retry."""
     CacheStats: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CacheStatsRequest, _inference_pb2.CacheStatsResponse]
     """Idempotent; the caller may retry."""
+    CacheMap: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CacheMapRequest, _inference_pb2.CacheMapResponse]
+    """What every expert is doing right now, for a live view. Idempotent; the caller may retry."""
+    Trace: _grpc.UnaryStreamMultiCallable[_inference_pb2.TraceRequest, _inference_pb2.TraceResponse]
+    """Everything the expert cache is told, from the next step on, for as long as the call lasts: one trace at a time, a
+    second is refused with RESOURCE_EXHAUSTED. When the reader is too slow, whole steps are left out and counted.
+    """
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -65,6 +71,12 @@ class InferenceAsyncStub(InferenceStub):
     """Idempotent; the caller may retry."""
     CacheStats: _aio.UnaryUnaryMultiCallable[_inference_pb2.CacheStatsRequest, _inference_pb2.CacheStatsResponse]  # type: ignore[assignment]
     """Idempotent; the caller may retry."""
+    CacheMap: _aio.UnaryUnaryMultiCallable[_inference_pb2.CacheMapRequest, _inference_pb2.CacheMapResponse]  # type: ignore[assignment]
+    """What every expert is doing right now, for a live view. Idempotent; the caller may retry."""
+    Trace: _aio.UnaryStreamMultiCallable[_inference_pb2.TraceRequest, _inference_pb2.TraceResponse]  # type: ignore[assignment]
+    """Everything the expert cache is told, from the next step on, for as long as the call lasts: one trace at a time, a
+    second is refused with RESOURCE_EXHAUSTED. When the reader is too slow, whole steps are left out and counted.
+    """
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     """Served by the compute node: text in, text out, and what its expert cache did."""
@@ -111,5 +123,23 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.CacheStatsResponse, _abc.Awaitable[_inference_pb2.CacheStatsResponse]]:
         """Idempotent; the caller may retry."""
+
+    @_abc_1.abstractmethod
+    def CacheMap(
+        self,
+        request: _inference_pb2.CacheMapRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CacheMapResponse, _abc.Awaitable[_inference_pb2.CacheMapResponse]]:
+        """What every expert is doing right now, for a live view. Idempotent; the caller may retry."""
+
+    @_abc_1.abstractmethod
+    def Trace(
+        self,
+        request: _inference_pb2.TraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.TraceResponse], _abc.AsyncIterator[_inference_pb2.TraceResponse]]:
+        """Everything the expert cache is told, from the next step on, for as long as the call lasts: one trace at a time, a
+        second is refused with RESOURCE_EXHAUSTED. When the reader is too slow, whole steps are left out and counted.
+        """
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

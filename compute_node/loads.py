@@ -1,0 +1,95 @@
+"""A load, and the seam to whoever moves it: the transfer thread, or virtual time in a replay.
+
+Knows addresses and bytes, not slots' states.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from compute_node.device.seam import CopyTicket
+from promoe.errors import PromoeError
+from promoe.ids import ExpertId
+from promoe.trace_events import LoadReason
+
+
+class LoadState(Enum):
+    """A load's life.
+
+                 next chunk          last chunk
+        QUEUED ──────────► COPYING ─────────────► ISSUED
+          ▲ │                 │ │
+          │ └── paused ◄──────┘ └──► FAILED
+          └── submitted again, goes on at `copied_nbytes`
+
+    ISSUED means that the last chunk was handed to the link: `ticket` says when its bytes are there.
+    """
+
+    QUEUED = "queued"
+    COPYING = "copying"
+    PAUSED = "paused"
+    ISSUED = "issued"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class Load:
+    """One expert on its way into one slot; written by whoever moves it, read by the expert cache.
+
+    Attributes:
+        expert: which one.
+        source_address: of its blob in the mapped arena.
+        destination_address: of the slot.
+        nbytes: of the blob.
+        after: compute that may still read what the slot held.
+        reason: DEMAND goes before everything else; the others in the order of `rank`.
+        rank: among loads that are not DEMAND, the smallest is moved first.
+        begin_s, end_s: `time.perf_counter` (or virtual) seconds of the first chunk's start and the last one's end.
+    """
+
+    expert: ExpertId
+    source_address: int
+    destination_address: int
+    nbytes: int
+    after: CopyTicket
+    ticket: CopyTicket
+    reason: LoadReason = LoadReason.DEMAND
+    rank: float = 0.0
+    state: LoadState = LoadState.QUEUED
+    copied_nbytes: int = 0
+    begin_s: float = 0.0
+    end_s: float = 0.0
+    error: PromoeError | None = field(default=None)
+
+    @property
+    def has_arrived(self) -> bool:
+        """Its bytes can be computed with, without waiting."""
+        return self.state is LoadState.ISSUED and self.ticket.is_done()
+
+
+class Transfers(Protocol):
+    """Moves loads over the link, chunk by chunk, demand before everything else."""
+
+    def submit(self, loads: Sequence[Load]) -> None:
+        """Queues loads that are QUEUED or PAUSED: DEMAND ones behind the DEMAND ones before, others by rank."""
+
+    def promote(self, load: Load) -> None:
+        """A queued or running load becomes a DEMAND load; nothing changes for one that is ISSUED or FAILED."""
+
+    def pause(self, loads: Sequence[Load]) -> None:
+        """Takes loads out of the queue, at the next chunk's border where one is being copied.
+
+        When it returns none of them is QUEUED or COPYING: those that were have become PAUSED (and keep what was
+        copied), ISSUED or FAILED.
+        """
+
+    def next_issued(self, loads: Sequence[Load]) -> Load:
+        """Blocks until one of `loads` is ISSUED, and returns the one that became so first.
+
+        Raises:
+            PromoeError: a load failed, or nobody moves loads any more.
+        """
+
+    def queued_nbytes(self) -> int:
+        """Bytes that are still to be copied for everything that was submitted."""

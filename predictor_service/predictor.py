@@ -1,0 +1,61 @@
+"""The seam to a predictor: a plug-in named in the entry points `promoe.predictors`, found by its name.
+
+An entry point is a `PredictorFactory`: it is given what a predictor may be made from and returns one `Predictor`, one
+version that never changes. What depends on a stream's past lives in its sessions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from promoe.hint import Hint, Observation, PredictorVersion, StepStart
+from promoe.model_spec import ModelSpec
+
+ENTRY_POINT_GROUP: Final = "promoe.predictors"
+
+
+@dataclass(frozen=True)
+class PredictorSource:
+    """What a predictor may be made from.
+
+    Attributes:
+        spec: the model whose experts are predicted.
+        pack: folder of the expert pack, for the routers' weights.
+        artifact: a trained artifact, or a trace for the oracle; None where none was given.
+    """
+
+    spec: ModelSpec
+    pack: Path
+    artifact: Path | None = None
+
+
+class PredictorSession(Protocol):
+    """One compute node's stream; called from one thread, in the order of the events."""
+
+    def begin_step(self, start: StepStart) -> None:
+        """A forward pass begins."""
+
+    def observe(self, observation: Observation) -> Sequence[Hint]:
+        """Hints that can be given now; for layers after the observed one, or for the next step."""
+
+    def end_requests(self, request_ids: Sequence[str]) -> None:
+        """Forgets what was kept for these requests."""
+
+
+class Predictor(Protocol):
+    """One version: immutable, shared by sessions."""
+
+    @property
+    def version(self) -> PredictorVersion:
+        """Its name, and what it wants to observe."""
+
+    def open_session(self) -> PredictorSession:
+        """State for one compute node."""
+
+
+class PredictorFactory(Protocol):
+    """What an entry point names."""
+
+    def __call__(self, source: PredictorSource) -> Predictor:
+        """Raises ModelNotFound, InvalidInput or ModelMismatch: no artifact, a damaged one, one for another model."""

@@ -1,0 +1,124 @@
+"""What a compute node and a predictor say to each other, as their domains see it; numpy arrays, no wire types.
+
+Shapes: R sampled rows (tokens), D hidden, K experts per token, E experts.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+Float32Array = npt.NDArray[np.float32]
+IdArray = npt.NDArray[np.uint16]
+
+
+class ObservedKind(Enum):
+    """Where hidden states are taken from; see predictor.proto."""
+
+    NONE = "none"
+    LAYER_INPUT = "layer_input"
+    ROUTER_INPUT = "router_input"
+
+
+@dataclass(frozen=True)
+class PredictorVersion:
+    """What makes the hints and what it wants to see.
+
+    Attributes:
+        version: `name@version`; every hint carries it.
+        predictor: the plug-in's name.
+        observed: which hidden states it reads.
+        lookaheads: in MoE layers; 0 is the observed layer itself.
+        calibrated: scores are probabilities, not just an order.
+        wants_routing: it reads each layer's routing.
+    """
+
+    version: str
+    predictor: str
+    observed: ObservedKind
+    lookaheads: tuple[int, ...]
+    calibrated: bool
+    wants_routing: bool
+
+
+@dataclass(frozen=True)
+class StepSpan:
+    """Consecutive tokens of a step that belong to one request."""
+
+    request_id: str
+    num_tokens: int
+    is_prefill: bool
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """A forward pass begins; its tokens are these spans', in order."""
+
+    step: int
+    spans: tuple[StepSpan, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Over all spans."""
+        return sum(span.num_tokens for span in self.spans)
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """Routed experts of the sampled rows of one layer."""
+
+    layer: int
+    topk_ids_RK: IdArray
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What one MoE layer saw in one step, for a bounded sample of its tokens.
+
+    Attributes:
+        step: counts up over the session.
+        layer: MoE layer; the number of MoE layers stands for the output of the last decoder layer.
+        rows: of each sampled row, its index among the step's tokens; the same in every layer of a step.
+        num_tokens: of the step.
+        hidden_RD: of the rows, float32; None when none are wanted.
+        routings: of this layer or of layers before it, as known since the last observation.
+    """
+
+    step: int
+    layer: int
+    rows: tuple[int, ...]
+    num_tokens: int
+    hidden_RD: Float32Array | None = None
+    routings: tuple[LayerRouting, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Hint:
+    """A ranked prediction for one layer of one step: the union over the step's tokens.
+
+    Attributes:
+        step: the step it is for.
+        layer: the MoE layer it is for.
+        observed_step, observed_layer: the observation it was made from.
+        experts: best first, each once.
+        scores: one per expert; the probability that the layer will need it, if the version is calibrated.
+        num_expected: how many experts the layer will probably need; accuracy is measured on so many of the first.
+        version: which predictor version made it.
+    """
+
+    step: int
+    layer: int
+    observed_step: int
+    observed_layer: int
+    experts: IdArray
+    scores: Float32Array
+    num_expected: int
+    version: str
+
+
+@dataclass(frozen=True)
+class RequestsEnded:
+    """These requests are over; their state can be forgotten."""
+
+    request_ids: tuple[str, ...] = field(default=())
