@@ -115,7 +115,7 @@ def test_the_console_script_exists_and_is_installed() -> None:
 
 def test_data_that_the_product_reads_is_packaged() -> None:
     promoe = importlib.resources.files("promoe")
-    for name in ("py.typed", "v1/inference.proto", "v1/inference_pb2.pyi"):
+    for name in ("py.typed", "v1/inference.proto", "v1/inference_pb2.pyi", "cli/prompts.txt"):
         assert promoe.joinpath(name).is_file(), name
     demo_model = importlib.resources.files("expert_store.demo_model")
     for name in ("delta.safetensors", "config.json"):
