@@ -9,7 +9,7 @@ from promoe.v1 import model_pb2
 
 SCHEMA_VERSION: Final = "1.0"
 
-_DTYPE_TO_WIRE: Final = {
+DTYPE_TO_WIRE: Final = {
     Dtype.FLOAT32: model_pb2.DTYPE_FLOAT32,
     Dtype.FLOAT16: model_pb2.DTYPE_FLOAT16,
     Dtype.BFLOAT16: model_pb2.DTYPE_BFLOAT16,
@@ -32,7 +32,7 @@ def encode_spec(spec: ModelSpec) -> model_pb2.ModelSpec:
         name=spec.name,
         family=spec.family,
         fingerprint=spec.fingerprint,
-        dtype=_DTYPE_TO_WIRE[spec.layout.dtype],
+        dtype=DTYPE_TO_WIRE[spec.layout.dtype],
         num_moe_layers=spec.num_moe_layers,
         num_experts=spec.num_experts,
         experts_per_token=spec.experts_per_token,
