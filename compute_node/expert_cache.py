@@ -118,19 +118,19 @@ class Acquisition:
         hits: needed experts that were READY when the routing became known.
         misses: the others, in the order they are loaded.
         stall_s: time the engine thread waited for loads.
+        loaded_nbytes: bytes asked from the transfer engine.
         late: those of `misses` whose load was under way when the routing became known.
         late_stall_s: the part of `stall_s` that was spent on `late` ones.
-        loaded_nbytes: bytes asked from the transfer engine.
         pinned: slots by expert; the cache's business.
     """
 
     layer: int
     hits: tuple[int, ...]
     misses: tuple[int, ...]
-    late: tuple[int, ...] = ()
     stall_s: float = 0.0
-    late_stall_s: float = 0.0
     loaded_nbytes: int = 0
+    late: tuple[int, ...] = ()
+    late_stall_s: float = 0.0
     pinned: dict[int, Slot] = field(default_factory=dict)
 
 
