@@ -1,5 +1,6 @@
 """promoe: serves Mixture-of-Experts language models that are larger than the GPU. This is the client's public API."""
 
+from promoe.cache_map import CacheMap, ExpertBit
 from promoe.client import AsyncClient, AsyncGenerationStream, Client, GenerationStream
 from promoe.errors import (
     DeadlineExceeded,
@@ -18,10 +19,12 @@ __all__ = [
     "Answer",
     "AsyncClient",
     "AsyncGenerationStream",
+    "CacheMap",
     "CacheStats",
     "Client",
     "DeadlineExceeded",
     "Delta",
+    "ExpertBit",
     "ExpertUse",
     "FinishReason",
     "GenerateOptions",

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Final, Self, Unpack
 
+from promoe.cache_map import CacheMap
 from promoe.generation import Answer, Delta, GenerateOptions, Prompt, encode_generate
 from promoe.node_calls import Generation, NodeCalls
 from promoe.node_report import CacheStats, NodeInfo
@@ -119,6 +120,10 @@ class AsyncClient:
         """The expert cache's counters by phase and layer."""
         return await self._calls.cache_stats(deadline_s)
 
+    async def cache_map(self, *, deadline_s: float = INFO_DEADLINE_S) -> CacheMap:
+        """What every expert is doing right now."""
+        return await self._calls.cache_map(deadline_s)
+
     async def tokenize(
         self, prompt: str | Sequence[Mapping[str, str]], *, deadline_s: float = TOKENIZE_DEADLINE_S
     ) -> list[int]:
@@ -172,6 +177,10 @@ class Client:
     def cache_stats(self, *, deadline_s: float = INFO_DEADLINE_S) -> CacheStats:
         """The expert cache's counters by phase and layer."""
         return run_blocking(self._calls.cache_stats(deadline_s))
+
+    def cache_map(self, *, deadline_s: float = INFO_DEADLINE_S) -> CacheMap:
+        """What every expert is doing right now."""
+        return run_blocking(self._calls.cache_map(deadline_s))
 
     def tokenize(
         self, prompt: str | Sequence[Mapping[str, str]], *, deadline_s: float = TOKENIZE_DEADLINE_S

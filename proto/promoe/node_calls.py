@@ -6,6 +6,7 @@ from typing import Final, TypeVar
 
 from google.protobuf.message import Message
 
+from promoe.cache_map import CacheMap
 from promoe.errors import DeadlineExceeded, Overloaded, PromoeError, Unavailable
 from promoe.generation import Answer, Delta, FinishReason, encode_chat, encode_detokenize
 from promoe.node_report import CacheStats, NodeInfo
@@ -67,6 +68,12 @@ class NodeCalls:
         request = inference_pb2.CacheStatsRequest()
         response = await self.ask("CacheStats", request, inference_pb2.CacheStatsResponse, deadline_s)
         return decode_message(response, CacheStats)
+
+    async def cache_map(self, deadline_s: float) -> CacheMap:
+        """See AsyncClient."""
+        request = inference_pb2.CacheMapRequest()
+        response = await self.ask("CacheMap", request, inference_pb2.CacheMapResponse, deadline_s)
+        return decode_message(response, CacheMap)
 
     async def tokenize(self, prompt: str | Sequence[Mapping[str, str]], deadline_s: float) -> list[int]:
         """See AsyncClient."""

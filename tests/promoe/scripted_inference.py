@@ -58,6 +58,8 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
 
     Attributes:
         scripts: what the next calls do.
+        stats: the answer of CacheStats.
+        cache_map: the answer of CacheMap.
         unary_errors: raised by the next unary calls (GetInfo excepted), one each.
         info_errors: raised by the next GetInfo calls, one each.
         requests: Generate requests so far.
@@ -68,6 +70,8 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self, *scripts: Sequence[Step]) -> None:
         self.scripts = list(scripts)
+        self.stats = _stats()
+        self.cache_map = _cache_map()
         self.unary_errors: list[Exception] = []
         self.info_errors: list[Exception] = []
         self.requests: list[inference_pb2.GenerateRequest] = []
@@ -139,16 +143,13 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self, _request: inference_pb2.CacheStatsRequest, _context: object
     ) -> inference_pb2.CacheStatsResponse:
         self._maybe_fail()
-        return inference_pb2.CacheStatsResponse(
-            prefill=inference_pb2.PhaseStats(hits=1, misses=3, steps=1, tokens=9, stall_s=0.5, demand_bytes=3 << 20),
-            decode=inference_pb2.PhaseStats(hits=30, misses=10, steps=20, tokens=20),
-            layers=[inference_pb2.LayerStats(layer=0, resident=4, hits=31, misses=13, evictions=9)],
-            uploaded_bytes=13 << 20,
-            link_busy_s=1.5,
-            shape=_shape(),
-            running_requests=1,
-            queued_requests=2,
-        )
+        return self.stats
+
+    async def CacheMap(
+        self, _request: inference_pb2.CacheMapRequest, _context: object
+    ) -> inference_pb2.CacheMapResponse:
+        self._maybe_fail()
+        return self.cache_map
 
     def _maybe_fail(self) -> None:
         if self.unary_errors:
@@ -160,6 +161,24 @@ def _shape() -> inference_pb2.CacheShape:
         slots_per_layer=4, slot_nbytes=1 << 20, cache_rate=0.5, eviction="lru", chunk_nbytes=1 << 20,
         max_chunks_in_flight=2,
     )  # fmt: skip
+
+
+def _stats() -> inference_pb2.CacheStatsResponse:
+    return inference_pb2.CacheStatsResponse(
+        prefill=inference_pb2.PhaseStats(hits=1, misses=3, steps=1, tokens=9, stall_s=0.5, demand_bytes=3 << 20),
+        decode=inference_pb2.PhaseStats(hits=30, misses=10, steps=20, tokens=20),
+        layers=[inference_pb2.LayerStats(layer=0, resident=4, hits=31, misses=13, evictions=9)],
+        uploaded_bytes=13 << 20,
+        link_busy_s=1.5,
+        shape=_shape(),
+        running_requests=1,
+        queued_requests=2,
+    )
+
+
+def _cache_map() -> inference_pb2.CacheMapResponse:
+    """Each expert's byte is its place."""
+    return inference_pb2.CacheMapResponse(num_moe_layers=4, num_experts=8, experts=bytes(range(32)), step=21, layer=2)
 
 
 class ScriptedNode:

@@ -21,6 +21,7 @@ from promoe import (
     RetryPolicy,
     Unavailable,
 )
+from promoe.cache_map import ExpertBit
 from promoe.errors import STATUS_OF_ERROR
 from promoe.node_report import EngineKind, Number, StoreState
 from tests.promoe.scripted_inference import (
@@ -243,6 +244,13 @@ def test_info_and_stats_come_as_dataclasses(client: Client) -> None:
     assert (stats.running_requests, stats.queued_requests, stats.uploaded_bytes) == (1, 2, 13 << 20)
 
 
+def test_the_cache_map_is_a_table_of_bits(client: Client) -> None:
+    cache_map = client.cache_map()
+    assert (cache_map.num_moe_layers, cache_map.num_experts, cache_map.step, cache_map.layer) == (4, 8, 21, 2)
+    assert cache_map.states_LE.tolist() == [[8 * layer + expert for expert in range(8)] for layer in range(4)]
+    assert ExpertBit(int(cache_map.states_LE[1, 5])) == ExpertBit.RESIDENT | ExpertBit.HINTED | ExpertBit.ROUTED
+
+
 def test_another_schema_is_refused_and_the_right_one_asked_once(client: Client, node: ScriptedInference) -> None:
     node.schema_version = "99.0"
     with pytest.raises(ModelMismatch, match=r"speaks schema 99\.0"):
@@ -316,6 +324,7 @@ def test_the_async_client_does_the_same() -> None:
             assert (answer.text, answer.usage.output_tokens) == ("Hello", 2)
             assert (await client.info()).model.family == "mixtral"
             assert (await client.cache_stats()).decode.steps == 20
+            assert (await client.cache_map()).step == 21
             assert await client.detokenize(await client.tokenize("hi")) == "hi"
             servicer.scripts = [(InvalidInput("temperature is -1."),)]
             with pytest.raises(InvalidInput, match="temperature is -1"):

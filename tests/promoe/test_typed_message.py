@@ -6,6 +6,7 @@ import pytest
 from google.protobuf.message import Message
 
 from promoe import generation, node_report
+from promoe.cache_map import CacheMap
 from promoe.generation import GenerateOptions
 from promoe.node_report import EngineKind, NodeInfo
 from promoe.typed_message import decode_message
@@ -22,6 +23,7 @@ PAIRS: list[tuple[type, type[Message]]] = [
     (node_report.PhaseStats, inference_pb2.PhaseStats),
     (node_report.LayerStats, inference_pb2.LayerStats),
     (node_report.CacheStats, inference_pb2.CacheStatsResponse),
+    (CacheMap, inference_pb2.CacheMapResponse),
     (generation.TokenLogprob, inference_pb2.TokenLogprob),
     (generation.GeneratedToken, inference_pb2.GeneratedToken),
     (generation.Delta, inference_pb2.TextDelta),
