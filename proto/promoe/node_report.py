@@ -31,6 +31,23 @@ class StoreState(Enum):
     FROZEN = "frozen"
 
 
+class PredictorState(Enum):
+    """`none`: the node was started without one; `away`: it is not reached at the moment."""
+
+    UNSPECIFIED = "unspecified"
+    NONE = "none"
+    CONNECTED = "connected"
+    AWAY = "away"
+
+
+class StepPhase(Enum):
+    """Prefill and decode are counted apart."""
+
+    UNSPECIFIED = "unspecified"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 @dataclass(frozen=True)
 class ServiceInfo:
     """Who answers."""
@@ -96,6 +113,8 @@ class CacheShape:
     eviction: str
     chunk_nbytes: int
     max_chunks_in_flight: int
+    policy: str
+    slot_split: str
 
 
 @dataclass(frozen=True)
@@ -106,6 +125,25 @@ class StoreLink:
     state: StoreState
     arena_uuid: str
     arena_kind: str
+
+
+@dataclass(frozen=True)
+class ActivePredictor:
+    """Which predictor version makes the hints."""
+
+    version: str
+    predictor: str
+    lookaheads: tuple[int, ...]
+    calibrated: bool
+
+
+@dataclass(frozen=True)
+class PredictorLink:
+    """The node's predictor service; `active` is None while it is not connected."""
+
+    endpoint: str
+    state: PredictorState
+    active: ActivePredictor | None
 
 
 @dataclass(frozen=True)
@@ -120,6 +158,7 @@ class NodeInfo:
     limits: Limits
     expert_cache: CacheShape
     store: StoreLink
+    predictor: PredictorLink
 
 
 @dataclass(frozen=True)
@@ -132,6 +171,8 @@ class PhaseStats:
     tokens: int
     stall_s: float
     demand_bytes: int
+    late_prefetches: int
+    late_prefetch_stall_s: float
 
     @property
     def hit_rate(self) -> float | None:
@@ -149,6 +190,58 @@ class LayerStats:
     hits: int
     misses: int
     evictions: int
+    prefetching: bool
+
+
+@dataclass(frozen=True)
+class PrefetchStats:
+    """Bytes that were loaded before they were needed, by what became of them."""
+
+    useful_bytes: int
+    late_bytes: int
+    wasted_bytes: int
+    streamed_bytes: int
+    link_bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class HintQuality:
+    """How well one version predicted one layer at one lookahead in one phase; counts are over experts."""
+
+    version: str
+    layer: int
+    lookahead: int
+    phase: StepPhase
+    hints: int
+    hinted: int
+    correct: int
+    ready: int
+    routed: int
+    found: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts by upper bound in seconds; the last count is of what is longer than the last bound."""
+
+    bounds_s: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HintStats:
+    """What became of hints and observations, and how good the hints were."""
+
+    taken: int
+    late: int
+    invalid: int
+    wrong_version: int
+    overflow: int
+    observations_sent: int
+    observations_dropped: int
+    qualities: tuple[HintQuality, ...]
+    latency: Histogram
+    time_until_use: Histogram
 
 
 @dataclass(frozen=True)
@@ -163,3 +256,5 @@ class CacheStats:
     shape: CacheShape
     running_requests: int
     queued_requests: int
+    prefetch: PrefetchStats
+    hints: HintStats

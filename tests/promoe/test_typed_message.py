@@ -10,7 +10,7 @@ from promoe.cache_map import CacheMap
 from promoe.generation import GenerateOptions
 from promoe.node_report import EngineKind, NodeInfo
 from promoe.typed_message import decode_message
-from promoe.v1 import inference_pb2, model_pb2
+from promoe.v1 import inference_pb2, model_pb2, predictor_pb2
 
 PAIRS: list[tuple[type, type[Message]]] = [
     (node_report.ServiceInfo, model_pb2.ServiceInfo),
@@ -19,9 +19,15 @@ PAIRS: list[tuple[type, type[Message]]] = [
     (node_report.Limits, inference_pb2.Limits),
     (node_report.CacheShape, inference_pb2.CacheShape),
     (node_report.StoreLink, inference_pb2.StoreLink),
+    (node_report.ActivePredictor, predictor_pb2.PredictorVersion),
+    (node_report.PredictorLink, inference_pb2.PredictorLink),
     (node_report.NodeInfo, inference_pb2.InferenceGetInfoResponse),
     (node_report.PhaseStats, inference_pb2.PhaseStats),
     (node_report.LayerStats, inference_pb2.LayerStats),
+    (node_report.PrefetchStats, inference_pb2.PrefetchStats),
+    (node_report.HintQuality, inference_pb2.HintQuality),
+    (node_report.Histogram, inference_pb2.Histogram),
+    (node_report.HintStats, inference_pb2.HintStats),
     (node_report.CacheStats, inference_pb2.CacheStatsResponse),
     (CacheMap, inference_pb2.CacheMapResponse),
     (generation.TokenLogprob, inference_pb2.TokenLogprob),
