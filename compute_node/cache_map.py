@@ -4,12 +4,15 @@ Told by the engine thread, asked by the event loop; nobody locks, because each l
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from promoe.cache_map import CacheMap, ExpertBit, StateArray
+from promoe.cache_map import CacheMap, ExpertBit
 from promoe.trace_events import LayerEvent, StepEvent, TraceEvent
+
+StateArray: TypeAlias = npt.NDArray[np.uint8]
 
 _HIT: Final = np.uint8(ExpertBit.ROUTED)
 _MISS: Final = np.uint8(ExpertBit.ROUTED | ExpertBit.MISSED)

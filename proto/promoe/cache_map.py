@@ -1,15 +1,7 @@
-"""What every expert is doing at one moment: a byte per expert, the same in the compute node and in its clients.
-
-Shapes: L MoE layers, E experts.
-"""
+"""What every expert is doing at one moment: a byte per expert, the same in the compute node and in its clients."""
 
 from dataclasses import dataclass
 from enum import IntFlag
-
-import numpy as np
-import numpy.typing as npt
-
-StateArray = npt.NDArray[np.uint8]
 
 
 class ExpertBit(IntFlag):
@@ -27,8 +19,8 @@ class CacheMap:
     """Answer of CacheMap.
 
     Attributes:
-        num_moe_layers, num_experts: L and E.
-        experts: L * E bytes of ExpertBits, layer by layer.
+        num_moe_layers, num_experts: how many layers, and experts of each.
+        experts: ExpertBits, a byte for every expert, layer by layer.
         step: the running step, or the last one; 0 before the first.
         layer: the MoE layer that was computed last.
     """
@@ -40,10 +32,16 @@ class CacheMap:
     layer: int
 
     @property
-    def states_LE(self) -> StateArray:
-        """The bytes as a table.
+    def by_layer(self) -> tuple[bytes, ...]:
+        """The experts' bytes of each layer.
 
         Raises:
-            ValueError: there are not L * E of them.
+            ValueError: there are more or fewer than it says.
         """
-        return np.frombuffer(self.experts, dtype=np.uint8).reshape(self.num_moe_layers, self.num_experts)
+        if len(self.experts) != self.num_moe_layers * self.num_experts:
+            raise ValueError(
+                f"the cache map has {len(self.experts)} bytes; expected {self.num_moe_layers} layers × "
+                f"{self.num_experts} experts"
+            )
+        starts = range(0, len(self.experts), self.num_experts)
+        return tuple(self.experts[start : start + self.num_experts] for start in starts)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute_node.cache_map import CacheMapRecorder
-from promoe.cache_map import CacheMap, ExpertBit, StateArray
+from compute_node.cache_map import CacheMapRecorder, StateArray
+from promoe.cache_map import CacheMap, ExpertBit
 from promoe.hint import StepSpan
 from promoe.ids import ExpertId
 from promoe.trace_events import LayerEvent, LoadEvent, LoadReason, StepEvent, TraceEvent
@@ -50,7 +50,7 @@ def test_the_last_routing_of_each_layer_lies_over_the_slots(events: list[TraceEv
                 expected |= ExpertBit.ROUTED
             if layer in last and expert in last[layer].misses:
                 expected |= ExpertBit.MISSED
-            assert snapshot.states_LE[layer, expert] == expected
+            assert snapshot.by_layer[layer][expert] == expected
     steps = [event.step for event in events if isinstance(event, StepEvent)]
     layers = [event.layer for event in events if isinstance(event, LayerEvent)]
     assert (snapshot.step, snapshot.layer) == ((steps or [0])[-1], (layers or [0])[-1])
@@ -65,8 +65,8 @@ def test_a_snapshot_is_the_moment_it_was_taken() -> None:
     recorder(routed(1, (2, 3), ()))
     recorder(LoadEvent(0.0, 0.0, 0.0, ExpertId(1, 3), LoadReason.DEMAND, 9))  # told by the slots, not by the load
     after = recorder.snapshot()
-    assert before.states_LE[1, 2:4].tolist() == [ExpertBit.ROUTED, ExpertBit.ROUTED | ExpertBit.MISSED]
-    assert after.states_LE[1, 2:4].tolist() == [ExpertBit.RESIDENT | ExpertBit.ROUTED, ExpertBit.ROUTED]
+    assert list(before.by_layer[1][2:4]) == [ExpertBit.ROUTED, ExpertBit.ROUTED | ExpertBit.MISSED]
+    assert list(after.by_layer[1][2:4]) == [ExpertBit.RESIDENT | ExpertBit.ROUTED, ExpertBit.ROUTED]
     assert slots_LE[1, 2] == ExpertBit.RESIDENT  # the cache's own table is not written to
 
 
@@ -95,5 +95,5 @@ def test_another_thread_never_sees_half_a_layer() -> None:
 
 
 def test_a_map_of_another_size_than_it_says_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot reshape"):
-        _ = CacheMap(2, 4, b"\x00" * 7, 0, 0).states_LE
+    with pytest.raises(ValueError, match="has 7 bytes; expected 2 layers × 4 experts"):
+        _ = CacheMap(2, 4, bytes(7), 0, 0).by_layer

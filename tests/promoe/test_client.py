@@ -247,8 +247,8 @@ def test_info_and_stats_come_as_dataclasses(client: Client) -> None:
 def test_the_cache_map_is_a_table_of_bits(client: Client) -> None:
     cache_map = client.cache_map()
     assert (cache_map.num_moe_layers, cache_map.num_experts, cache_map.step, cache_map.layer) == (4, 8, 21, 2)
-    assert cache_map.states_LE.tolist() == [[8 * layer + expert for expert in range(8)] for layer in range(4)]
-    assert ExpertBit(int(cache_map.states_LE[1, 5])) == ExpertBit.RESIDENT | ExpertBit.HINTED | ExpertBit.ROUTED
+    assert cache_map.by_layer == tuple(bytes(range(8 * layer, 8 * layer + 8)) for layer in range(4))
+    assert ExpertBit(cache_map.by_layer[1][5]) == ExpertBit.RESIDENT | ExpertBit.HINTED | ExpertBit.ROUTED
 
 
 def test_another_schema_is_refused_and_the_right_one_asked_once(client: Client, node: ScriptedInference) -> None:
