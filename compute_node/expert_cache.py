@@ -25,7 +25,7 @@ import torch
 from compute_node.device.cpu import DONE
 from compute_node.device.seam import CopyTicket, Device
 from compute_node.eviction import Eviction, SlotHistory
-from compute_node.transfer import Load, LoadState, TransferEngine
+from compute_node.loads import Load, LoadState, Transfers
 from promoe.errors import Unavailable
 from promoe.ids import ExpertId
 
@@ -151,7 +151,7 @@ class ExpertCache:
         slots_SB: torch.Tensor,
         geometry: CacheGeometry,
         device: Device,
-        transfers: TransferEngine,
+        transfers: Transfers,
         source_address: Callable[[ExpertId], int],
         policy: CachePolicy,
     ) -> None:
@@ -301,7 +301,7 @@ class ExpertCache:
                 expert = ExpertId(acquisition.layer, waiting[0])
                 source_address = self._source_address(expert)
                 waiting.popleft()
-                load = Load(expert, source_address, slot.address, self.geometry.blob_nbytes, slot.last_compute)
+                load = Load(expert, source_address, slot.address, self.geometry.blob_nbytes, slot.last_compute, DONE)
                 slot.state, slot.load = SlotState.LOADING, load
                 slot.history = SlotHistory(expert)
                 self._slot_of[expert.layer][expert.expert] = slot
@@ -361,7 +361,8 @@ class ExpertCache:
         """Ends the layer's pins; loads that nobody will compute with any more are dropped or awaited."""
         unfinished = [slot.load for slot in acquisition.pinned.values() if slot.load is not None]
         if unfinished:
-            self._transfers.cancel(unfinished)
+            self._transfers.pause(unfinished)
+            self._transfers.settle(unfinished)
         mark = self._device.mark_compute()
         with self._lock:
             for slot in acquisition.pinned.values():

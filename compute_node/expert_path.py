@@ -9,6 +9,7 @@ from compute_node.device.seam import Device
 from compute_node.eviction import eviction_named
 from compute_node.expert_cache import CacheGeometry, CachePolicy, ExpertCache
 from compute_node.expert_weights import ExpertWeights
+from compute_node.load_queue import ChunkSettings
 from compute_node.memory_plan import MemoryPlan
 from compute_node.model_loader import LoadedModel
 from compute_node.moe_forward import MoeForward, install
@@ -41,7 +42,7 @@ class ExpertPath:
         """
         policy = CachePolicy(eviction_named(config.eviction), config.serial)
         slots_SB = device.allocate_slots(spec.num_moe_layers * plan.slots_per_layer, plan.slot_nbytes)
-        transfers = TransferEngine(device.open_link, config.chunk_bytes, config.max_chunks_in_flight)
+        transfers = TransferEngine(device.open_link, ChunkSettings(config.chunk_bytes, config.max_chunks_in_flight))
         geometry = CacheGeometry(spec.num_moe_layers, spec.num_experts, plan.slots_per_layer, spec.layout.blob_nbytes)
         return cls(ExpertCache(slots_SB, geometry, device, transfers, source_address, policy), transfers)
 

@@ -17,11 +17,14 @@ from promoe.trace_events import LoadReason
 class LoadState(Enum):
     """A load's life.
 
-                 next chunk          last chunk
-        QUEUED ──────────► COPYING ─────────────► ISSUED
-          ▲ │                 │ │
-          │ └── paused ◄──────┘ └──► FAILED
-          └── submitted again, goes on at `copied_nbytes`
+             next chunk           last chunk
+        QUEUED ◄──────► COPYING ──────────────► ISSUED
+         ▲  │  gave way    │ └────► FAILED        ▲
+         │  └─────┐  ┌─────┘                      │
+         │      pause│                            │
+         │        ▼  ▼                            │
+         └──────── PAUSED ────────────────────────┘
+          submit            the chunk under way was the last one
 
     ISSUED means that the last chunk was handed to the link: `ticket` says when its bytes are there.
     """
@@ -43,9 +46,11 @@ class Load:
         destination_address: of the slot.
         nbytes: of the blob.
         after: compute that may still read what the slot held.
+        ticket: of the last chunk that was handed to the link; one that is done before there is any.
         reason: DEMAND goes before everything else; the others in the order of `rank`.
         rank: among loads that are not DEMAND, the smallest is moved first.
-        begin_s, end_s: `time.perf_counter` (or virtual) seconds of the first chunk's start and the last one's end.
+        begin_s, end_s: `time.perf_counter` (or virtual) seconds of the first chunk's start and of the last one's end;
+            where copies are asynchronous, of the moment when the last one was handed to the link.
     """
 
     expert: ExpertId
@@ -72,20 +77,27 @@ class Transfers(Protocol):
     """Moves loads over the link, chunk by chunk, demand before everything else."""
 
     def submit(self, loads: Sequence[Load]) -> None:
-        """Queues loads that are QUEUED or PAUSED: DEMAND ones behind the DEMAND ones before, others by rank."""
+        """Queues loads that are QUEUED or PAUSED: DEMAND ones behind the DEMAND ones before, others by rank.
 
-    def promote(self, load: Load) -> None:
-        """A queued or running load becomes a DEMAND load; nothing changes for one that is ISSUED or FAILED."""
-
-    def pause(self, loads: Sequence[Load]) -> None:
-        """Takes loads out of the queue, at the next chunk's border where one is being copied.
-
-        When it returns none of them is QUEUED or COPYING: those that were have become PAUSED (and keep what was
-        copied), ISSUED or FAILED.
+        One that was PAUSED and has come to its end meanwhile (see `pause`) stays ISSUED or FAILED.
         """
 
+    def promote(self, load: Load) -> None:
+        """A QUEUED or COPYING load becomes a DEMAND load, behind those before; nothing changes for any other."""
+
+    def pause(self, loads: Sequence[Load]) -> None:
+        """Takes loads out of the queue; those that were QUEUED or COPYING are PAUSED and keep what was copied.
+
+        Does not wait: a chunk that is under way ends all the same, its bytes are counted when it does, and if it was
+        the last one its load is ISSUED then. Nothing that is submitted later can overtake it, so its slot may be given
+        to another load at once; before its source or its slot is used otherwise, `settle` it.
+        """
+
+    def settle(self, loads: Sequence[Load]) -> None:
+        """Blocks until the link has done with all chunks of these loads; none of them may be queued."""
+
     def next_issued(self, loads: Sequence[Load]) -> Load:
-        """Blocks until one of `loads` is ISSUED, and returns the one that became so first.
+        """Blocks until one of `loads` is ISSUED, and returns the one that became so first; none may be PAUSED.
 
         Raises:
             PromoeError: a load failed, or nobody moves loads any more.
@@ -93,3 +105,6 @@ class Transfers(Protocol):
 
     def queued_nbytes(self) -> int:
         """Bytes that are still to be copied for everything that was submitted."""
+
+    def link_bytes_per_s(self) -> float | None:
+        """The link's rate while it is busy, lately; None before anything was moved."""

@@ -1,92 +1,54 @@
 """The transfer engine: one thread owns the link and moves experts into slots, chunk by chunk.
 
 Knows addresses and bytes, not experts' meaning and not slots' states. Stream priorities do nothing for copies, so
-the order is kept here: few chunks in flight, the rest waits in a queue that can still be changed.
+the order is kept in a `LoadQueue`: few chunks in flight, the rest waits where it can still be changed.
 """
 
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
-from compute_node.device.cpu import DONE
-from compute_node.device.seam import CopyTicket, Link
+from compute_node.chunks_in_flight import ChunksInFlight, LinkMeter
+from compute_node.device.seam import Link
+from compute_node.load_queue import Chunk, ChunkSettings, LoadQueue
+from compute_node.loads import Load, LoadState
 from promoe.errors import PromoeError, Unavailable
-from promoe.ids import ExpertId
+from promoe.trace_events import LoadReason
 
 logger = logging.getLogger(__name__)
 
 
-class LoadState(Enum):
-    """A load's life: QUEUED -> COPYING -> ISSUED, or FAILED from either of the first two.
-
-    ISSUED means that the last chunk was handed to the link: `ticket` says when its bytes are there.
-    """
-
-    QUEUED = "queued"
-    COPYING = "copying"
-    ISSUED = "issued"
-    FAILED = "failed"
-
-
-@dataclass(eq=False)
-class Load:
-    """One expert on its way into one slot.
-
-    Attributes:
-        expert: which one, for messages.
-        source_address: of its blob in the mapped arena.
-        destination_address: of the slot.
-        nbytes: of the blob.
-        after: compute that may still read what the slot held.
-    """
-
-    expert: ExpertId
-    source_address: int
-    destination_address: int
-    nbytes: int
-    after: CopyTicket = DONE
-    state: LoadState = LoadState.QUEUED
-    copied_nbytes: int = 0
-    ticket: CopyTicket = DONE
-    error: PromoeError | None = field(default=None)
-
-
 @dataclass(frozen=True)
 class TransferStats:
-    """Since the start."""
+    """Since the start. `nbytes_by_reason`: by what a chunk's load was queued as when it was copied."""
 
     uploaded_nbytes: int
     link_busy_s: float
+    nbytes_by_reason: Mapping[LoadReason, int]
 
 
 class TransferEngine:
-    """Demand loads in the order they are asked for.
+    """`Transfers` over a real link.
+
+    The lock is held for bookkeeping only; copies and waits for them happen outside of it.
 
     Args:
         open_link: called once on the transfer thread, which alone uses the link.
-        chunk_nbytes: unit of one copy.
-        max_chunks_in_flight: copies handed to the link and not arrived.
+        chunks: how loads are cut.
     """
 
-    def __init__(self, open_link: Callable[[], Link], chunk_nbytes: int, max_chunks_in_flight: int) -> None:
-        assert chunk_nbytes > 0, "a chunk has bytes"
-        assert max_chunks_in_flight > 0, "a link with nothing in flight moves nothing"
+    def __init__(self, open_link: Callable[[], Link], chunks: ChunkSettings) -> None:
         self._open_link = open_link
-        self._chunk_nbytes = chunk_nbytes
-        self._max_chunks_in_flight = max_chunks_in_flight
         self._condition = threading.Condition()
-        self._queue: deque[Load] = deque()
-        self._in_flight: deque[CopyTicket] = deque()
+        self._queue = LoadQueue(chunks)
+        self._meter = LinkMeter()
+        self._in_flight = ChunksInFlight(chunks.max_in_flight, self._meter)
         self._closing = False
         self._has_died = False
         self._link: Link | None = None
-        self._uploaded_nbytes = 0
-        self._link_busy_s = 0.0
         self._thread = threading.Thread(target=self._run, name="promoe-transfer", daemon=True)
 
     def start(self) -> None:
@@ -111,16 +73,34 @@ class TransferEngine:
         self.close()
 
     def submit(self, loads: Sequence[Load]) -> None:
-        """Queues demand loads behind those queued before."""
+        """See `Transfers`."""
         with self._condition:
-            self._queue.extend(loads)
+            self._queue.submit(loads)
             self._condition.notify_all()
 
+    def promote(self, load: Load) -> None:
+        """See `Transfers`."""
+        with self._condition:
+            self._queue.promote(load)
+
+    def pause(self, loads: Sequence[Load]) -> None:
+        """See `Transfers`."""
+        with self._condition:
+            self._queue.pause(loads)
+
+    def settle(self, loads: Sequence[Load]) -> None:
+        """See `Transfers`; at once where the engine is closed or has died, which ends with no copy under way."""
+        with self._condition:
+            assert all(load not in self._queue for load in loads), "a load is paused before it is settled"
+            self._condition.wait_for(lambda: self._closing or self._load_under_way() not in loads)
+        for load in loads:
+            load.ticket.wait_on_host()
+
     def next_issued(self, loads: Sequence[Load]) -> Load:
-        """Blocks until one of `loads` is ISSUED, and returns the first such in arrival order.
+        """See `Transfers`.
 
         Raises:
-            Unavailable: a load failed, or the engine is closed.
+            PromoeError: why a load failed; Unavailable where the engine is closed.
         """
         with self._condition:
             while True:
@@ -128,22 +108,23 @@ class TransferEngine:
                     if load.state is LoadState.FAILED:
                         assert load.error is not None, "a failed load says why"
                         raise load.error
-                    if load.state is LoadState.ISSUED:
-                        return load
+                issued = [load for load in loads if load.state is LoadState.ISSUED]
+                if issued:
+                    return min(issued, key=lambda load: load.end_s)
                 # Not an error that only ends the step: none would succeed, so the engine has to end and be replaced.
                 assert not self._has_died, "the transfer thread died; the log has its traceback"
                 if self._closing:
                     raise Unavailable("The transfer engine is closed.")
                 self._condition.wait()
 
-    def cancel(self, loads: Sequence[Load]) -> None:
-        """Forgets loads; returns when none of them is being copied, so that their slots can be reused."""
+    def queued_nbytes(self) -> int:
+        """See `Transfers`."""
         with self._condition:
-            wanted = set(map(id, loads))
-            self._queue = deque(load for load in self._queue if id(load) not in wanted)
-            self._condition.wait_for(
-                lambda: self._closing or all(load.state is not LoadState.COPYING for load in loads)
-            )
+            return self._queue.queued_nbytes
+
+    def link_bytes_per_s(self) -> float | None:
+        """See `Transfers`; measured where chunks arrive."""
+        return self._meter.bytes_per_s
 
     @property
     def link_description(self) -> str:
@@ -155,7 +136,8 @@ class TransferEngine:
     def stats(self) -> TransferStats:
         """Counters since the start."""
         with self._condition:
-            return TransferStats(self._uploaded_nbytes, self._link_busy_s)
+            by_reason = self._queue.moved_nbytes
+            return TransferStats(sum(by_reason.values()), self._meter.busy_s, by_reason)
 
     def _run(self) -> None:
         try:
@@ -163,10 +145,10 @@ class TransferEngine:
             with self._condition:
                 self._link = link
                 self._condition.notify_all()
-            self._serve(link)
+            while (chunk := self._next_chunk()) is not None:
+                self._copy(link, chunk)
             # Memory at either end may be freed as soon as the thread is gone.
-            for ticket in self._in_flight:
-                ticket.wait_on_host()
+            self._in_flight.await_all()
         finally:
             # Whatever ended the thread, nobody waits for it any longer.
             with self._condition:
@@ -174,43 +156,46 @@ class TransferEngine:
                 self._closing = True
                 self._condition.notify_all()
 
-    def _serve(self, link: Link) -> None:
-        while (load := self._next_load()) is not None:
-            error: PromoeError | None = None
-            started_s = time.perf_counter()
-            try:
-                self._copy(link, load)
-            except PromoeError as failure:
-                logger.error("Loading %s failed: %s", load.expert, failure)
-                error = failure
+    def _next_chunk(self) -> Chunk | None:
+        """What to move now, chosen as late as possible; None when the engine is closed."""
+        self._in_flight.await_room()
+        while True:
             with self._condition:
-                self._link_busy_s += time.perf_counter() - started_s
-                self._uploaded_nbytes += load.copied_nbytes
-                load.error = error
-                load.state = LoadState.FAILED if error else LoadState.ISSUED
+                if self._closing:
+                    return None
+                if (chunk := self._queue.next_chunk()) is not None:
+                    return chunk
+                if not self._in_flight:
+                    self._condition.wait()
+                    continue
+            # Nothing to do: see what is under way arrive, which tells the link's rate.
+            self._in_flight.await_oldest()
+
+    def _copy(self, link: Link, chunk: Chunk) -> None:
+        """Hands the chunk to the link and says so."""
+        load = chunk.load
+        begin_s = time.perf_counter()
+        if chunk.offset == 0:
+            load.begin_s = begin_s
+        try:
+            if chunk.begins and not load.after.is_done():
+                link.order_after(load.after)
+            ticket = link.copy(
+                load.destination_address + chunk.offset, load.source_address + chunk.offset, chunk.nbytes
+            )
+        except PromoeError as error:
+            logger.error("Loading %s failed: %s", load.expert, error)
+            with self._condition:
+                self._queue.failed(error)
+                self._condition.notify_all()
+            return
+        self._in_flight.add(ticket, chunk.nbytes, begin_s)
+        with self._condition:
+            load.end_s = time.perf_counter()
+            # Who waits, waits for a load's end, or for the link to have done with a paused one.
+            if self._queue.issued(ticket) or load.state is not LoadState.COPYING:
                 self._condition.notify_all()
 
-    def _next_load(self) -> Load | None:
-        with self._condition:
-            while not self._queue and not self._closing:
-                self._condition.wait()
-            if self._closing:
-                return None
-            load = self._queue.popleft()
-            load.state = LoadState.COPYING
-            return load
-
-    def _copy(self, link: Link, load: Load) -> None:
-        """Hands the load to the link chunk by chunk; returns when the last one is on its way."""
-        if not load.after.is_done():
-            link.order_after(load.after)
-        while load.copied_nbytes < load.nbytes:
-            while len(self._in_flight) >= self._max_chunks_in_flight:
-                self._in_flight.popleft().wait_on_host()
-            nbytes = min(self._chunk_nbytes, load.nbytes - load.copied_nbytes)
-            load.ticket = link.copy(
-                load.destination_address + load.copied_nbytes, load.source_address + load.copied_nbytes, nbytes
-            )
-            load.copied_nbytes += nbytes
-            if not load.ticket.is_done():
-                self._in_flight.append(load.ticket)
+    def _load_under_way(self) -> Load | None:
+        chunk = self._queue.chunk_under_way
+        return None if chunk is None else chunk.load

@@ -7,8 +7,11 @@ from typing import Final
 
 import torch
 
+from compute_node.device.cpu import DONE
 from compute_node.device.seam import Device
-from compute_node.transfer import Load, TransferEngine
+from compute_node.load_queue import ChunkSettings
+from compute_node.loads import Load
+from compute_node.transfer import TransferEngine
 from promoe.ids import ExpertId
 from tests.bench.random_moe import RandomArena
 from tests.bench.report import Sample
@@ -62,12 +65,14 @@ def burst_bytes_per_s(device: Device, arena: RandomArena, settings: LinkSettings
     blob_nbytes = arena.spec.layout.blob_nbytes
     slots_SB = device.allocate_slots(num_experts, arena.spec.layout.blob_stride_nbytes)
     rates: list[float] = []
-    with TransferEngine(device.open_link, settings.chunk_nbytes, settings.max_chunks_in_flight) as transfers:
+    with TransferEngine(
+        device.open_link, ChunkSettings(settings.chunk_nbytes, settings.max_chunks_in_flight)
+    ) as transfers:
         for burst in range(REPEATS + 1):
             layer = burst % arena.spec.num_moe_layers
             experts = [ExpertId(layer, expert) for expert in range(num_experts)]
             loads = [
-                Load(expert, arena.address_of(expert), slots_SB[slot].data_ptr(), blob_nbytes)
+                Load(expert, arena.address_of(expert), slots_SB[slot].data_ptr(), blob_nbytes, DONE, DONE)
                 for slot, expert in enumerate(experts)
             ]
             started_s = time.perf_counter()

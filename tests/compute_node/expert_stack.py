@@ -19,6 +19,7 @@ from compute_node.device.seam import Device
 from compute_node.eviction import eviction_named
 from compute_node.expert_cache import CacheGeometry, CachePolicy, ExpertCache
 from compute_node.expert_weights import TORCH_DTYPES, ExpertWeights
+from compute_node.load_queue import ChunkSettings
 from compute_node.moe_forward import EXPERTS_IMPLEMENTATION, MoeForward, install, register_experts_function
 from compute_node.step_ledger import StepLedger
 from compute_node.transfer import TransferEngine
@@ -108,7 +109,9 @@ def open_stack(arena: PlainArena, num_layers: int, options: StackOptions) -> Ite
     recorder = StepRecorder(ledger, CacheMetrics.register(CollectorRegistry()), device.take_compute_stall_s)
     recorder.begin()
     policy = CachePolicy(eviction_named(options.eviction), options.serial)
-    with TransferEngine(device.open_link, options.chunk_nbytes, options.max_chunks_in_flight) as transfers:
+    with TransferEngine(
+        device.open_link, ChunkSettings(options.chunk_nbytes, options.max_chunks_in_flight)
+    ) as transfers:
         expert_cache = ExpertCache(slots_SB, geometry, device, transfers, arena.address, policy)
         yield ExpertStack(arena, expert_cache, transfers, ledger, recorder, slots_SB)
         expert_cache.check_integrity()
