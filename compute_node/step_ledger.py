@@ -3,9 +3,12 @@
 Owned by the engine thread: engines announce steps, the experts function records layers, nobody locks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeAlias
+
+from promoe.hint import StepSpan, StepStart
 
 
 class Phase(Enum):
@@ -46,12 +49,24 @@ class RequestUse:
         return self.prefill if phase is Phase.PREFILL else self.decode
 
 
+StepListener: TypeAlias = Callable[[StepStart], None]
+"""Told of every step before its forward pass, on the engine thread."""
+
+
 class StepLedger:
-    """The running step's spans and the open requests' use."""
+    """The running step's number and spans, and the open requests' use.
+
+    Attributes:
+        listeners: told of every step, in this order; set before the first one.
+        step: the running step's number, or the last one's; they count up from 1.
+    """
 
     def __init__(self) -> None:
+        self.listeners: tuple[StepListener, ...] = ()
+        self.step = 0
         self._spans: tuple[TokenSpan, ...] = ()
         self._uses: dict[str, RequestUse] = {}
+        self._ended: list[str] = []
 
     @property
     def spans(self) -> tuple[TokenSpan, ...]:
@@ -63,6 +78,12 @@ class StepLedger:
         self._spans = tuple(spans)
         for span in self._spans:
             self._uses.setdefault(span.request_id, RequestUse())
+        self.step += 1
+        ended, self._ended = self._ended, []
+        step_spans = tuple(StepSpan(s.request_id, s.num_tokens, s.phase is Phase.PREFILL) for s in self._spans)
+        start = StepStart(self.step, step_spans, tuple(ended))
+        for listener in self.listeners:
+            listener(start)
 
     def end_step(self) -> None:
         """The forward pass is over."""
@@ -73,5 +94,9 @@ class StepLedger:
         return self._uses.setdefault(request_id, RequestUse())
 
     def take(self, request_id: str) -> RequestUse:
-        """The request's counters, which are forgotten here."""
-        return self._uses.pop(request_id, RequestUse())
+        """The ended request's counters, which are forgotten here; the next step's listeners are told of its end."""
+        use = self._uses.pop(request_id, None)
+        if use is None:
+            return RequestUse()
+        self._ended.append(request_id)
+        return use

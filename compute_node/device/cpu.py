@@ -6,13 +6,14 @@ With a link rate it plays a slower link, so that every scheduling path can be se
 import ctypes
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import psutil
 import torch
 
-from compute_node.device.seam import CopyTicket, DeviceMemory
+from compute_node.device.seam import CopyTicket, DeviceMemory, HostCopy
 from promoe.errors import InsufficientMemory
 
 SHORTEST_SLEEP_S: Final = 50e-6
@@ -113,6 +114,14 @@ class CpuDevice:
     def open_link(self) -> CpuLink:
         """A link for the transfer thread."""
         return CpuLink(self._link_bytes_per_s)
+
+    def index_rows(self, rows: Sequence[int]) -> torch.Tensor:
+        """See `Device.index_rows`."""
+        return torch.tensor(rows)
+
+    def copy_to_host(self, hidden_TD: torch.Tensor, index_R: torch.Tensor | None) -> HostCopy:
+        """A copy from host to host, finished when it is handed out."""
+        return HostCopy(hidden_TD.clone() if index_R is None else hidden_TD.index_select(0, index_R), DONE)
 
     def mark_compute(self) -> CopyTicket:
         """Compute on the CPU is finished when the call that asked for it returns."""

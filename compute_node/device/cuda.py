@@ -7,12 +7,13 @@ Source: torch.cuda streams and events.
 import ctypes
 import logging
 from collections import deque
+from collections.abc import Sequence
 from typing import Final, cast
 
 import torch
 
 from compute_node.device.cuda_driver import CudaDriver, RegisteredRanges
-from compute_node.device.seam import CopyTicket, DeviceMemory
+from compute_node.device.seam import CopyTicket, DeviceMemory, HostCopy
 from promoe.errors import InsufficientMemory, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,8 @@ class CudaDevice:
         self.name = torch.cuda.get_device_name(device_index)
         self._driver = CudaDriver(device_index)
         self.pinning = CudaPinning(self._driver, device_index)
+        # Beside the compute stream, which must not wait for a copy that is nobody's but a predictor's.
+        self._to_host = torch.cuda.Stream(device_index)
 
     def memory(self) -> DeviceMemory:
         """As the driver reports it, plus what torch's allocator holds unused."""
@@ -200,6 +203,27 @@ class CudaDevice:
     def open_link(self) -> CudaLink:
         """A link with a copy stream of its own."""
         return CudaLink(self._device_index, self._driver, self.pinning, self._stalls)
+
+    def index_rows(self, rows: Sequence[int]) -> torch.Tensor:
+        """Through pinned memory: a copy from pageable memory would wait for the stream."""
+        return torch.tensor(rows, pin_memory=True).to(self.torch_device, non_blocking=True)
+
+    def copy_to_host(self, hidden_TD: torch.Tensor, index_R: torch.Tensor | None) -> HostCopy:
+        """Gathered on the compute stream, copied to pinned memory on a stream of its own.
+
+        torch's allocators keep both buffers until the copy has passed, whoever lets go of them before.
+        """
+        rows_RD = hidden_TD.clone() if index_R is None else hidden_TD.index_select(0, index_R)
+        gathered = torch.cuda.Event()
+        gathered.record(torch.cuda.current_stream())
+        host_RD = torch.empty(rows_RD.shape, dtype=rows_RD.dtype, pin_memory=True)
+        with torch.cuda.stream(self._to_host):
+            self._to_host.wait_event(gathered)
+            host_RD.copy_(rows_RD, non_blocking=True)
+            copied = torch.cuda.Event(blocking=True)
+            copied.record(self._to_host)
+        rows_RD.record_stream(self._to_host)
+        return HostCopy(host_RD, EventTicket(copied, self._stalls))
 
     def mark_compute(self) -> CopyTicket:
         """An event on the stream that computes."""

@@ -4,6 +4,7 @@ Two implementations: `cpu.CpuDevice` (real memcpy, runs everywhere) and `cuda.Cu
 package names a stream, an event or a CUDA call.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,6 +54,24 @@ class Link(Protocol):
         """Starts copying `nbytes` from host memory to device memory."""
 
 
+@dataclass(frozen=True, eq=False)
+class HostCopy:
+    """A tensor on its way from the device to host memory.
+
+    Attributes:
+        tensor: on the host; its values are there when `ticket` is done.
+        ticket: of the copy.
+    """
+
+    tensor: torch.Tensor
+    ticket: CopyTicket
+
+    def wait(self) -> torch.Tensor:
+        """The tensor; blocks the calling thread until its values are there, never spins."""
+        self.ticket.wait_on_host()
+        return self.tensor
+
+
 @dataclass(frozen=True)
 class DeviceMemory:
     """Bytes of device memory, as the device reports them."""
@@ -92,6 +111,15 @@ class Device(Protocol):
 
     def open_link(self) -> Link:
         """The link of the transfer thread."""
+
+    def index_rows(self, rows: Sequence[int]) -> torch.Tensor:
+        """Row numbers for `copy_to_host`: int64, on the device. Waits for nothing."""
+
+    def copy_to_host(self, hidden_TD: torch.Tensor, index_R: torch.Tensor | None) -> HostCopy:
+        """Starts copying the indexed rows, or all of them, as they are now.
+
+        Compute may overwrite them at once; neither it nor the calling thread waits for the copy.
+        """
 
     def mark_compute(self) -> CopyTicket:
         """A ticket that is done when all compute issued so far has finished (for releasing pins)."""

@@ -53,10 +53,17 @@ class StepSpan:
 
 @dataclass(frozen=True)
 class StepStart:
-    """A forward pass begins; its tokens are these spans', in order."""
+    """A forward pass begins.
+
+    Attributes:
+        step: counts up.
+        spans: whose tokens its rows are, in order.
+        ended_request_ids: requests that ended since the step before; predictors are told by a `RequestsEnded`.
+    """
 
     step: int
     spans: tuple[StepSpan, ...]
+    ended_request_ids: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
