@@ -1,4 +1,4 @@
-"""Turns protobuf messages into frozen dataclasses whose fields have the same names, so that no wire type leaks out."""
+"""Between protobuf messages and frozen dataclasses whose fields have the same names, so that no wire type leaks out."""
 
 import dataclasses
 import functools
@@ -12,6 +12,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 _Record = TypeVar("_Record")
+_Message = TypeVar("_Message", bound=Message)
 
 
 def decode_message(message: Message, record_type: type[_Record]) -> _Record:
@@ -32,6 +33,35 @@ def decode_message(message: Message, record_type: type[_Record]) -> _Record:
         else:
             values[name] = _decode_value(field, getattr(message, name), cast("type", hint))
     return record_type(**values)
+
+
+def encode_message(record: object, message_type: type[_Message]) -> _Message:
+    """The inverse of `decode_message`: a message with the record's fields."""
+    message = message_type()
+    _fill(message, record)
+    return message
+
+
+def _fill(message: Message, record: object) -> None:
+    for name in _fields_of(cast("Hashable", type(record))):
+        value = getattr(record, name)
+        if isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
+            for item in value:
+                _fill(getattr(message, name).add(), item)
+        elif isinstance(value, tuple):
+            getattr(message, name).extend(value)
+        elif dataclasses.is_dataclass(value):
+            getattr(message, name).SetInParent()
+            _fill(getattr(message, name), value)
+        elif value is not None:
+            setattr(message, name, _encode_enum(message, name, value) if isinstance(value, Enum) else value)
+
+
+def _encode_enum(message: Message, name: str, member: Enum) -> int:
+    enum_type = cast("FieldDescriptor", message.DESCRIPTOR.fields_by_name[name]).enum_type
+    assert enum_type is not None, f"{name} is not an enum"
+    prefix = enum_type.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return enum_type.values_by_name[f"{prefix}{member.value.upper()}"].number
 
 
 @functools.cache

@@ -9,7 +9,8 @@ from promoe import generation, node_report
 from promoe.cache_map import CacheMap
 from promoe.generation import GenerateOptions
 from promoe.node_report import EngineKind, NodeInfo
-from promoe.typed_message import decode_message
+from promoe.trace_header import TraceHeader
+from promoe.typed_message import decode_message, encode_message
 from promoe.v1 import inference_pb2, model_pb2, predictor_pb2
 
 PAIRS: list[tuple[type, type[Message]]] = [
@@ -30,6 +31,7 @@ PAIRS: list[tuple[type, type[Message]]] = [
     (node_report.HintStats, inference_pb2.HintStats),
     (node_report.CacheStats, inference_pb2.CacheStatsResponse),
     (CacheMap, inference_pb2.CacheMapResponse),
+    (TraceHeader, inference_pb2.TraceHeader),
     (generation.TokenLogprob, inference_pb2.TokenLogprob),
     (generation.GeneratedToken, inference_pb2.GeneratedToken),
     (generation.Delta, inference_pb2.TextDelta),
@@ -73,3 +75,30 @@ def test_an_enum_value_of_a_newer_server_is_unspecified() -> None:
     assert decode_message(newer, NodeInfo).engine is EngineKind.UNSPECIFIED
     newer.engine = inference_pb2.ENGINE_KIND_INTERLEAVED
     assert decode_message(newer, NodeInfo).engine is EngineKind.INTERLEAVED
+
+
+@pytest.mark.parametrize(("record_type", "message_type"), PAIRS)
+def test_encoding_is_the_inverse(record_type: type, message_type: type[Message]) -> None:
+    """Of a message whose every field is filled."""
+    message = message_type()
+    _fill_every_field(message, {field.name for field in dataclasses.fields(record_type)})
+    record: object = decode_message(message, record_type)
+    assert decode_message(encode_message(record, message_type), record_type) == record
+    assert encode_message(record, message_type).ByteSize() > 0
+
+
+def _fill_every_field(message: Message, names: set[str] | None = None) -> None:
+    for field in message.DESCRIPTOR.fields:
+        if names is not None and field.name not in names:
+            continue
+        value = getattr(message, field.name)
+        if field.message_type is not None:
+            _fill_every_field(value.add() if hasattr(value, "add") else value)
+        elif hasattr(value, "append"):
+            value.extend([field.number, field.number + 1])
+        elif isinstance(value, str):
+            setattr(message, field.name, field.name)
+        elif isinstance(value, bytes):
+            setattr(message, field.name, field.name.encode())
+        else:
+            setattr(message, field.name, 1)

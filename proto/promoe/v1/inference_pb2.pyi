@@ -1369,12 +1369,10 @@ class TraceHeader(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
-    BLOB_BYTES_FIELD_NUMBER: _builtins.int
     LINK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     BEGAN_UNIX_S_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
     HISTORY_JSON_FIELD_NUMBER: _builtins.int
-    blob_bytes: _builtins.int
     link_bytes_per_s: _builtins.float
     began_unix_s: _builtins.float
     """Unix time of the trace's beginning, for people."""
@@ -1399,7 +1397,6 @@ class TraceHeader(_message.Message):
         model: _model_pb2.ModelSpec | None = ...,
         shape: Global___CacheShape | None = ...,
         device: Global___DeviceInfo | None = ...,
-        blob_bytes: _builtins.int = ...,
         link_bytes_per_s: _builtins.float = ...,
         began_unix_s: _builtins.float = ...,
         resident: _abc.Iterable[_builtins.int] | None = ...,
@@ -1407,7 +1404,7 @@ class TraceHeader(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "model", b"model", "service", b"service", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_unix_s", b"began_unix_s", "blob_bytes", b"blob_bytes", "device", b"device", "history_json", b"history_json", "link_bytes_per_s", b"link_bytes_per_s", "model", b"model", "resident", b"resident", "service", b"service", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_unix_s", b"began_unix_s", "device", b"device", "history_json", b"history_json", "link_bytes_per_s", b"link_bytes_per_s", "model", b"model", "resident", b"resident", "service", b"service", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
