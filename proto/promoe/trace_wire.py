@@ -1,0 +1,154 @@
+"""Between trace events and their protobuf messages. Hidden states travel as bfloat16, as a trace file keeps them."""
+
+from typing import Final
+
+import numpy as np
+
+from promoe.hint import StepStart
+from promoe.hint_wire import (
+    decode_hint,
+    decode_step_start,
+    decode_tensor,
+    encode_hint,
+    encode_step_start,
+    encode_tensor,
+)
+from promoe.model_spec import Dtype
+from promoe.trace_events import HintEvent, HintFate, LayerEvent, LoadEvent, LoadReason, StepEvent, TraceEvent
+from promoe.v1 import inference_pb2
+from promoe.wire import decode_expert, encode_expert
+
+_IDS: Final = np.dtype("<u2")
+
+_FATE_TO_WIRE: Final = {
+    HintFate.TAKEN: inference_pb2.HINT_FATE_TAKEN,
+    HintFate.LATE: inference_pb2.HINT_FATE_LATE,
+    HintFate.INVALID: inference_pb2.HINT_FATE_INVALID,
+    HintFate.WRONG_VERSION: inference_pb2.HINT_FATE_WRONG_VERSION,
+    HintFate.OVERFLOW: inference_pb2.HINT_FATE_OVERFLOW,
+}
+_FATE_OF_WIRE: Final = {number: fate for fate, number in _FATE_TO_WIRE.items()}
+
+_REASON_TO_WIRE: Final = {
+    LoadReason.DEMAND: inference_pb2.LOAD_REASON_DEMAND,
+    LoadReason.PREFETCH: inference_pb2.LOAD_REASON_PREFETCH,
+    LoadReason.STREAM: inference_pb2.LOAD_REASON_STREAM,
+}
+_REASON_OF_WIRE: Final = {number: reason for reason, number in _REASON_TO_WIRE.items()}
+
+
+def encode_event(event: TraceEvent) -> inference_pb2.TraceEvent:
+    """To the wire."""
+    if isinstance(event, LayerEvent):
+        return inference_pb2.TraceEvent(layer=_encode_layer(event))
+    if isinstance(event, LoadEvent):
+        return inference_pb2.TraceEvent(load=_encode_load(event))
+    if isinstance(event, HintEvent):
+        return inference_pb2.TraceEvent(hint=_encode_hint_event(event))
+    start = encode_step_start(StepStart(event.step, event.spans))
+    return inference_pb2.TraceEvent(
+        step=inference_pb2.TraceStep(at_s=event.at_s, start=start, ended_request_ids=event.ended_request_ids)
+    )
+
+
+def decode_event(message: inference_pb2.TraceEvent) -> TraceEvent:
+    """From the wire.
+
+    Raises:
+        ValueError: it is no event that this version knows, or its parts do not fit each other.
+    """
+    kind = message.WhichOneof("event")
+    if kind == "layer":
+        return _decode_layer(message.layer)
+    if kind == "load":
+        return _decode_load(message.load)
+    if kind == "hint":
+        return _decode_hint_event(message.hint)
+    if kind == "step":
+        start = decode_step_start(message.step.start)
+        return StepEvent(message.step.at_s, start.step, start.spans, tuple(message.step.ended_request_ids))
+    raise ValueError("event is not set; allowed: step, layer, hint, load")
+
+
+def _encode_layer(event: LayerEvent) -> inference_pb2.TraceLayer:
+    message = inference_pb2.TraceLayer(
+        at_s=event.at_s,
+        end_s=event.end_s,
+        step=event.step,
+        layer=event.layer,
+        num_tokens=event.topk_ids_TK.shape[0],
+        topk_ids=event.topk_ids_TK.astype(_IDS, copy=False).tobytes(),
+        hits=event.hits,
+        misses=event.misses,
+        late=event.late,
+        stall_s=event.stall_s,
+        rows=event.rows,
+    )
+    if event.layer_input_RD is not None:
+        message.layer_input.CopyFrom(encode_tensor(event.layer_input_RD, Dtype.BFLOAT16))
+    if event.router_input_RD is not None:
+        message.router_input.CopyFrom(encode_tensor(event.router_input_RD, Dtype.BFLOAT16))
+    return message
+
+
+def _decode_layer(message: inference_pb2.TraceLayer) -> LayerEvent:
+    ids = np.frombuffer(message.topk_ids, _IDS).astype(np.uint16)
+    num_tokens = message.num_tokens
+    if num_tokens == 0 or ids.size % num_tokens:
+        raise ValueError(f"layer.topk_ids has {ids.size} experts, which are not those of {num_tokens} tokens")
+    hidden = {
+        name: decode_tensor(getattr(message, name))
+        for name in ("layer_input", "router_input")
+        if message.HasField(name)
+    }
+    for name, values in hidden.items():
+        if values.ndim != 2 or values.shape[0] != len(message.rows):
+            raise ValueError(f"layer.{name} has the shape {values.shape}; expected ({len(message.rows)}, hidden size)")
+    return LayerEvent(
+        at_s=message.at_s,
+        end_s=message.end_s,
+        step=message.step,
+        layer=message.layer,
+        topk_ids_TK=ids.reshape(num_tokens, -1),
+        hits=tuple(message.hits),
+        misses=tuple(message.misses),
+        late=tuple(message.late),
+        stall_s=message.stall_s,
+        rows=tuple(message.rows),
+        layer_input_RD=hidden.get("layer_input"),
+        router_input_RD=hidden.get("router_input"),
+    )
+
+
+def _encode_load(event: LoadEvent) -> inference_pb2.TraceLoad:
+    return inference_pb2.TraceLoad(
+        at_s=event.at_s,
+        begin_s=event.begin_s,
+        end_s=event.end_s,
+        expert=encode_expert(event.expert),
+        reason=_REASON_TO_WIRE[event.reason],
+        nbytes=event.nbytes,
+    )
+
+
+def _decode_load(message: inference_pb2.TraceLoad) -> LoadEvent:
+    reason = _REASON_OF_WIRE.get(message.reason)
+    if reason is None:
+        raise ValueError(f"load.reason is {message.reason}; allowed: {', '.join(r.value for r in LoadReason)}")
+    return LoadEvent(
+        message.at_s, message.begin_s, message.end_s, decode_expert(message.expert), reason, message.nbytes
+    )
+
+
+def _encode_hint_event(event: HintEvent) -> inference_pb2.TraceHint:
+    return inference_pb2.TraceHint(
+        at_s=event.at_s, hint=encode_hint(event.hint), fate=_FATE_TO_WIRE[event.fate], latency_s=event.latency_s
+    )
+
+
+def _decode_hint_event(message: inference_pb2.TraceHint) -> HintEvent:
+    fate = _FATE_OF_WIRE.get(message.fate)
+    if fate is None:
+        raise ValueError(f"hint.fate is {message.fate}; allowed: {', '.join(f.value for f in HintFate)}")
+    latency_s = message.latency_s if message.HasField("latency_s") else None
+    return HintEvent(message.at_s, decode_hint(message.hint), fate, latency_s)
