@@ -30,7 +30,7 @@ class RowKind(Enum):
     LAYER = 3
 
 
-HIDDEN_COLUMNS: Final = ("layer_input", "router_input")
+HIDDEN_COLUMNS: Final = ("layer_input", "router_input", "last_output")
 """Most of a file's bytes, where hidden states were recorded at all."""
 
 SCHEMA: Final = pa.schema(
@@ -69,6 +69,7 @@ SCHEMA: Final = pa.schema(
         ("rows", pa.list_(pa.uint32())),
         ("layer_input", pa.binary()),
         ("router_input", pa.binary()),
+        ("last_output", pa.binary()),
     ]
 )
 
@@ -123,7 +124,9 @@ def _layer_row(event: LayerEvent) -> Row:
         "stall_s": event.stall_s,
         "rows": event.rows,
     }
-    for name, hidden_RD in (("layer_input", event.layer_input_RD), ("router_input", event.router_input_RD)):
+    for name, hidden_RD in zip(
+        HIDDEN_COLUMNS, (event.layer_input_RD, event.router_input_RD, event.last_output_RD), strict=True
+    ):
         if hidden_RD is not None:
             row[name] = encode_tensor(hidden_RD, Dtype.BFLOAT16).data
     return row
@@ -284,6 +287,7 @@ class BatchRows:
             rows=rows,
             layer_input_RD=self._hidden("layer_input", row, len(rows)),
             router_input_RD=self._hidden("router_input", row, len(rows)),
+            last_output_RD=self._hidden("last_output", row, len(rows)),
         )
 
     def _hidden(self, name: str, row: int, num_rows: int) -> Float32Array | None:

@@ -97,6 +97,7 @@ class LayerEvent:
         stall_s: how long compute waited for loads between `at_s` and `end_s`.
         rows: indices of the sampled tokens; empty when no hidden states were asked for.
         layer_input_RD, router_input_RD: their hidden states, where recorded.
+        last_output_RD: what left the last decoder layer; with the last MoE layer only, where layer inputs are recorded.
     """
 
     at_s: float
@@ -111,6 +112,7 @@ class LayerEvent:
     rows: tuple[int, ...] = ()
     layer_input_RD: Float32Array | None = None
     router_input_RD: Float32Array | None = None
+    last_output_RD: Float32Array | None = None
 
 
 TraceEvent: TypeAlias = StepEvent | HintEvent | LoadEvent | LayerEvent

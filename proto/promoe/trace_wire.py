@@ -84,10 +84,13 @@ def _encode_layer(event: LayerEvent) -> inference_pb2.TraceLayer:
         stall_s=event.stall_s,
         rows=event.rows,
     )
-    if event.layer_input_RD is not None:
-        message.layer_input.CopyFrom(encode_tensor(event.layer_input_RD, Dtype.BFLOAT16))
-    if event.router_input_RD is not None:
-        message.router_input.CopyFrom(encode_tensor(event.router_input_RD, Dtype.BFLOAT16))
+    for tensor, hidden_RD in (
+        (message.layer_input, event.layer_input_RD),
+        (message.router_input, event.router_input_RD),
+        (message.last_output, event.last_output_RD),
+    ):
+        if hidden_RD is not None:
+            tensor.CopyFrom(encode_tensor(hidden_RD, Dtype.BFLOAT16))
     return message
 
 
@@ -98,7 +101,7 @@ def _decode_layer(message: inference_pb2.TraceLayer) -> LayerEvent:
         raise ValueError(f"layer.topk_ids has {ids.size} experts, which are not those of {num_tokens} tokens")
     hidden = {
         name: decode_tensor(getattr(message, name))
-        for name in ("layer_input", "router_input")
+        for name in ("layer_input", "router_input", "last_output")
         if message.HasField(name)
     }
     for name, values in hidden.items():
@@ -117,6 +120,7 @@ def _decode_layer(message: inference_pb2.TraceLayer) -> LayerEvent:
         rows=tuple(message.rows),
         layer_input_RD=hidden.get("layer_input"),
         router_input_RD=hidden.get("router_input"),
+        last_output_RD=hidden.get("last_output"),
     )
 
 

@@ -38,7 +38,7 @@ def layer_events(draw: st.DrawFn) -> LayerEvent:
     hidden = st.none() | _hidden(len(rows)) if rows else st.none()
     return LayerEvent(
         draw(_SECONDS), draw(_SECONDS), draw(_STEPS), draw(_IDS), topk_ids_TK, draw(_ID_TUPLES), draw(_ID_TUPLES),
-        draw(_ID_TUPLES), draw(_SECONDS), rows, draw(hidden), draw(hidden),
+        draw(_ID_TUPLES), draw(_SECONDS), rows, draw(hidden), draw(hidden), draw(hidden),
     )  # fmt: skip
 
 

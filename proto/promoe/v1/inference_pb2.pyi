@@ -1488,6 +1488,7 @@ class TraceLayer(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     LAYER_INPUT_FIELD_NUMBER: _builtins.int
     ROUTER_INPUT_FIELD_NUMBER: _builtins.int
+    LAST_OUTPUT_FIELD_NUMBER: _builtins.int
     at_s: _builtins.float
     end_s: _builtins.float
     step: _builtins.int
@@ -1508,6 +1509,10 @@ class TraceLayer(_message.Message):
     def layer_input(self) -> _predictor_pb2.Tensor: ...
     @_builtins.property
     def router_input(self) -> _predictor_pb2.Tensor: ...
+    @_builtins.property
+    def last_output(self) -> _predictor_pb2.Tensor:
+        """What left the last decoder layer: with the last MoE layer, where layer inputs are recorded."""
+
     def __init__(
         self,
         *,
@@ -1524,10 +1529,11 @@ class TraceLayer(_message.Message):
         rows: _abc.Iterable[_builtins.int] | None = ...,
         layer_input: _predictor_pb2.Tensor | None = ...,
         router_input: _predictor_pb2.Tensor | None = ...,
+        last_output: _predictor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layer_input", b"layer_input", "router_input", b"router_input"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_output", b"last_output", "layer_input", b"layer_input", "router_input", b"router_input"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "end_s", b"end_s", "hits", b"hits", "late", b"late", "layer", b"layer", "layer_input", b"layer_input", "misses", b"misses", "num_tokens", b"num_tokens", "router_input", b"router_input", "rows", b"rows", "stall_s", b"stall_s", "step", b"step", "topk_ids", b"topk_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "end_s", b"end_s", "hits", b"hits", "last_output", b"last_output", "late", b"late", "layer", b"layer", "layer_input", b"layer_input", "misses", b"misses", "num_tokens", b"num_tokens", "router_input", b"router_input", "rows", b"rows", "stall_s", b"stall_s", "step", b"step", "topk_ids", b"topk_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
