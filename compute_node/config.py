@@ -35,6 +35,7 @@ class ComputeConfig:
     Attributes:
         pack: folder of the expert pack.
         store_endpoint: gRPC endpoint of the expert store, `unix:PATH` or `host:port`.
+        predictor_endpoint: gRPC endpoint of the predictor, `unix:PATH` or `host:port`; empty for none.
         attach_deadline_s: how long start-up waits for the store to be filled.
         listen: gRPC endpoint to serve on; port 0 takes a free one.
         metrics_listen: `host:port` of the Prometheus page; empty for none.
@@ -60,6 +61,7 @@ class ComputeConfig:
 
     pack: Path
     store_endpoint: str
+    predictor_endpoint: str = ""
     attach_deadline_s: float = 1800.0
     listen: str = "127.0.0.1:50051"
     metrics_listen: str = ""
@@ -119,7 +121,13 @@ class ComputeConfig:
         ):
             if count > _MAX_COUNT:
                 raise ValueError(f"compute.{name} is {count}; allowed: up to {_MAX_COUNT}")
-        if self.metrics_listen:
-            host, _, port = self.metrics_listen.rpartition(":")
-            if not host or not port.isdecimal() or int(port) > _MAX_PORT:
-                raise ValueError(f"compute.metrics_listen is {self.metrics_listen!r}; expected host:port")
+        if self.metrics_listen and not _is_host_and_port(self.metrics_listen):
+            raise ValueError(f"compute.metrics_listen is {self.metrics_listen!r}; expected host:port")
+        endpoint = self.predictor_endpoint
+        if endpoint and not endpoint.startswith("unix:") and not _is_host_and_port(endpoint):
+            raise ValueError(f"compute.predictor_endpoint is {endpoint!r}; expected unix:PATH or host:port")
+
+
+def _is_host_and_port(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    return bool(host) and port.isdecimal() and int(port) <= _MAX_PORT

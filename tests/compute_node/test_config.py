@@ -68,3 +68,14 @@ def test_a_metrics_address_has_a_host_and_a_port(listen: str) -> None:
 @pytest.mark.parametrize("listen", ["", "127.0.0.1:65535"])
 def test_a_metrics_page_is_optional(listen: str) -> None:
     assert config(metrics_listen=listen).metrics_listen == listen
+
+
+@pytest.mark.parametrize("endpoint", ["somewhere", "127.0.0.1", "127.0.0.1:65536", ":9000"])
+def test_a_predictor_is_somewhere(endpoint: str) -> None:
+    expected = f"compute.predictor_endpoint is {endpoint!r}; expected unix:PATH or host:port"
+    assert refusal(predictor_endpoint=endpoint) == expected
+
+
+@pytest.mark.parametrize("endpoint", ["", "unix:/run/predictor.sock", "127.0.0.1:50061"])
+def test_a_predictor_is_optional(endpoint: str) -> None:
+    assert config(predictor_endpoint=endpoint).predictor_endpoint == endpoint

@@ -1,0 +1,312 @@
+"""The predictor's best-effort client: observations go out, hints come in; late or dead means "no hint", counted.
+
+Nothing here makes the engine thread wait or fail.
+
+    engine thread ── StepStart, LayerSample ─► bounded queue ─► gRPC's sending thread: waits for the copy, encodes
+    engine thread ◄──── HintInbox ◄──── this client's thread: decodes, checks, puts ◄──── gRPC
+"""
+
+import logging
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from importlib.metadata import version
+from typing import Final
+from uuid import uuid4
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from compute_node.hint_checks import fault_of
+from compute_node.hint_inbox import HintInbox, ReceivedHint
+from compute_node.hint_session import MAX_ROWS, HintSession, HintTraffic, OutgoingEvent
+from compute_node.layer_sample import LayerSample, WantedSamples
+from promoe.errors import DeadlineExceeded, InvalidInput, ModelMismatch, PromoeError, Unavailable
+from promoe.hint import ObservedKind, PredictorVersion, RequestsEnded, StepStart
+from promoe.hint_wire import (
+    decode_hint,
+    decode_version,
+    encode_observation,
+    encode_requests_ended,
+    encode_step_start,
+)
+from promoe.model_spec import ModelSpec
+from promoe.rpc import CHANNEL_OPTIONS, INFO_DEADLINE_S, domain_error
+from promoe.trace_events import HintFate
+from promoe.v1 import model_pb2
+from promoe.v1 import predictor_pb2 as pb
+from promoe.v1 import predictor_pb2_grpc as pb_grpc
+from promoe.wire import SCHEMA_VERSION, check_schema, encode_spec
+
+logger = logging.getLogger(__name__)
+
+_MAX_RESPONSE_NBYTES: Final = 1 << 20
+_WELCOME_DEADLINE_S: Final = 5.0
+_HEALTHY_S: Final = 5.0
+"""A session that lasts so long ends what was wrong before it."""
+
+_CHANNEL_OPTIONS: Final = (
+    *(option for option in CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"),
+    ("grpc.max_receive_message_length", _MAX_RESPONSE_NBYTES),
+    # A channel that is made anew for each try must not inherit the back-off of the one before it.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+# Bytes in and out: what cannot be decoded is the peer's fault and ours to count, not gRPC's to log.
+_PREDICT: Final = "/promoe.v1.Predictor/Predict"
+
+
+class PredictorState(Enum):
+    """`away`: not reached at the moment, the cache reacts only."""
+
+    CONNECTED = "connected"
+    AWAY = "away"
+
+
+@dataclass(frozen=True)
+class Reconnecting:
+    """How soon a predictor is looked for again: after `first_s`, then twice as long each time up to `last_s`.
+
+    One that misbehaved or is another model's is left alone for `last_s`.
+    """
+
+    first_s: float = 0.1
+    last_s: float = 5.0
+
+
+class HintClient:
+    """One node's connection to its predictor; a sampler of layers.
+
+    Args:
+        endpoint: `unix:PATH` or `host:port`.
+        spec: the served model.
+        inbox: takes the hints that passed the checks.
+        reconnecting: how soon it tries again.
+    """
+
+    def __init__(
+        self, endpoint: str, spec: ModelSpec, inbox: HintInbox, reconnecting: Reconnecting | None = None
+    ) -> None:
+        self.endpoint = endpoint
+        self._spec = spec
+        self._inbox = inbox
+        self._reconnecting = reconnecting or Reconnecting()
+        self._retry_s = self._reconnecting.first_s
+        self._info = model_pb2.ServiceInfo(
+            version=version("promoe"), schema_version=SCHEMA_VERSION, instance_id=uuid4().hex
+        )
+        self._session: HintSession | None = None
+        self._sampling: HintSession | None = None
+        self._past = HintTraffic()
+        # What was said last about a predictor that is away; None after it was said to be there.
+        self._said: type[PromoeError] | None = None
+        self._has_connected = False
+        self._closing = threading.Event()
+        self._call: grpc.Call | None = None
+        self._thread = threading.Thread(target=self._run, name="hint-client", daemon=True)
+
+    @property
+    def state(self) -> PredictorState:
+        """Connected once the service has said what it wants."""
+        return PredictorState.AWAY if self.active is None else PredictorState.CONNECTED
+
+    @property
+    def active(self) -> PredictorVersion | None:
+        """Whose hints are taken; None while not connected."""
+        session = self._session
+        return None if session is None else session.active
+
+    @property
+    def traffic(self) -> HintTraffic:
+        """Counters since the start."""
+        past, session = self._past, self._session
+        return past if session is None else session.add_to(past)
+
+    def start(self) -> None:
+        """Starts looking for the predictor; does not wait for it."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the session; closing twice is allowed."""
+        self._closing.set()
+        call = self._call
+        if call is not None:
+            call.cancel()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # ---- the engine's thread ----
+
+    def begin_step(self, start: StepStart) -> WantedSamples | None:
+        """See LayerSampler: what the active version wants of this step."""
+        session = self._sampling = self._session
+        active = None if session is None else session.active
+        if session is None or active is None:
+            return None
+        wanted = WantedSamples(
+            max_rows=session.max_rows,
+            layer_input=active.observed is ObservedKind.LAYER_INPUT,
+            router_input=active.observed is ObservedKind.ROUTER_INPUT,
+            routing=active.wants_routing,
+        )
+        if start.ended_request_ids:
+            session.send(RequestsEnded(start.ended_request_ids))
+        session.send(start)
+        return wanted
+
+    def take(self, sample: LayerSample) -> None:
+        """See LayerSampler."""
+        session = self._sampling
+        if session is not None:
+            session.note_time(sample.step, sample.layer)
+            session.send(sample)
+
+    # ---- gRPC's sending thread ----
+
+    def _requests(self, hello: pb.PredictRequest, session: HintSession) -> Iterator[bytes]:
+        """The stream's messages, until the session's end."""
+        yield hello.SerializeToString()
+        while (event := session.next_event()) is not None:
+            yield self._encode(event).SerializeToString()
+            session.num_sent += isinstance(event, LayerSample)
+
+    def _encode(self, event: OutgoingEvent) -> pb.PredictRequest:
+        if isinstance(event, LayerSample):
+            return pb.PredictRequest(observation=encode_observation(event.observation(), self._spec.layout.dtype))
+        if isinstance(event, StepStart):
+            return pb.PredictRequest(step_start=encode_step_start(event))
+        return pb.PredictRequest(requests_ended=encode_requests_ended(event))
+
+    # ---- this client's thread ----
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                self._hold_session()
+                error: PromoeError = Unavailable("The predictor ended the session.")
+            except PromoeError as failure:
+                error = failure
+            if self._closing.is_set():
+                return
+            self._note_away(error)
+            # Nodes that lost the same service must not come back together.
+            self._closing.wait(self._delay_after(error) * random.uniform(0.75, 1.25))
+
+    def _delay_after(self, error: PromoeError) -> float:
+        if not isinstance(error, Unavailable | DeadlineExceeded):
+            return self._reconnecting.last_s
+        delay_s = self._retry_s
+        self._retry_s = min(2 * delay_s, self._reconnecting.last_s)
+        return delay_s
+
+    def _hold_session(self) -> None:
+        """One connection, from the handshake until it breaks.
+
+        Raises:
+            PromoeError: why there is none (any more).
+        """
+        try:
+            with grpc.insecure_channel(self.endpoint, options=_CHANNEL_OPTIONS) as channel:
+                self._check_peer(channel)
+                self._follow(channel)
+        except grpc.RpcError as error:
+            raise domain_error(error) from error
+
+    def _check_peer(self, channel: grpc.Channel) -> None:
+        info = pb_grpc.PredictorStub(channel).GetInfo(pb.PredictorGetInfoRequest(), timeout=INFO_DEADLINE_S)
+        check_schema(info.service, f"The predictor at {self.endpoint}")
+        spec, model = self._spec, info.model
+        if model.fingerprint != spec.fingerprint:
+            raise ModelMismatch(
+                f"This node serves {spec.name} (fingerprint {spec.fingerprint}), but the predictor at {self.endpoint} "
+                f"is for {model.name} (fingerprint {model.fingerprint})."
+            )
+
+    def _follow(self, channel: grpc.Channel) -> None:
+        hello = pb.PredictHello(service=self._info, model=encode_spec(self._spec), max_rows=MAX_ROWS)
+        session = HintSession(self._spec.num_moe_layers)
+        predict: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_PREDICT)
+        # No deadline: a session lasts as long as both sides; keepalive notices a dead peer.
+        call = predict(self._requests(pb.PredictRequest(hello=hello), session))
+        self._call = call
+        unwelcome = threading.Timer(_WELCOME_DEADLINE_S, call.cancel)
+        unwelcome.start()
+        try:
+            self._session = session
+            for data in call:
+                if self._closing.is_set():
+                    return
+                self._receive(session, data)
+                if session.active is not None:
+                    unwelcome.cancel()
+                    self._note_connected(session)
+        except grpc.RpcError as error:
+            if session.active is None and session.age_s >= _WELCOME_DEADLINE_S:
+                raise DeadlineExceeded(f"No welcome came within {_WELCOME_DEADLINE_S:g} s.") from error
+            raise
+        finally:
+            unwelcome.cancel()
+            self._call = None
+            self._session, self._past = None, session.add_to(self._past)
+            session.end()
+            call.cancel()
+
+    def _receive(self, session: HintSession, data: bytes) -> None:
+        """Takes one message; raises PromoeError for what ends the session."""
+        try:
+            response = pb.PredictResponse.FromString(data)
+        except DecodeError as error:
+            raise InvalidInput(f"The predictor sends what cannot be decoded: {error}.") from error
+        session.charge(1 + len(response.hints.hints))
+        if response.HasField("welcome"):
+            check_schema(response.welcome.service, f"The predictor at {self.endpoint}")
+            _welcome(session, response.welcome)
+            return
+        for message in response.hints.hints:
+            self._receive_hint(session, message)
+
+    def _receive_hint(self, session: HintSession, message: pb.Hint) -> None:
+        try:
+            hint = decode_hint(message)
+        except ValueError as error:
+            session.refuse(HintFate.INVALID, str(error))
+            return
+        fault = fault_of(hint, self._spec.num_moe_layers, self._spec.num_experts, session.announced)
+        if fault is not None:
+            session.refuse(fault, f"{hint.version}, layer {hint.layer}, experts {hint.experts[:8]}")
+            return
+        self._inbox.put(ReceivedHint(hint, session.latency_s(hint.observed_step, hint.observed_layer)))
+
+    # ---- what is said of it ----
+
+    def _note_connected(self, session: HintSession) -> None:
+        """Once for each time that it came back; one that misbehaved must have behaved for a while."""
+        has_settled = session.age_s >= _HEALTHY_S
+        if has_settled:
+            self._retry_s = self._reconnecting.first_s
+        if self._has_connected and self._said is None:
+            return
+        if has_settled or self._said is None or issubclass(self._said, Unavailable | DeadlineExceeded):
+            assert session.active is not None, "a session begins with a welcome"
+            logger.info("Connected to the predictor at %s: %s.", self.endpoint, session.active.version)
+            self._said, self._has_connected = None, True
+
+    def _note_away(self, error: PromoeError) -> None:
+        """Once for each cause."""
+        if self._said is type(error):
+            return
+        self._said = type(error)
+        logger.warning("The predictor at %s is away: %s The expert cache only reacts.", self.endpoint, error)
+
+
+def _welcome(session: HintSession, message: pb.PredictWelcome) -> None:
+    """Raises InvalidInput for a welcome that cannot be understood."""
+    try:
+        active = decode_version(message.active)
+    except ValueError as error:
+        raise InvalidInput(f"The predictor's welcome cannot be understood: {error}.") from error
+    if message.max_rows == 0:
+        raise InvalidInput("The predictor's welcome wants no rows at all.")
+    session.welcome(active, message.max_rows)
