@@ -77,6 +77,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.num_info_calls = 0
         self.schema_version = SCHEMA_VERSION
+        self.instance_id = "i1"
         self.hung_up = threading.Event()
         self.hanging = threading.Event()
 
@@ -87,7 +88,9 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         if self.info_errors:
             raise self.info_errors.pop(0)
         return inference_pb2.InferenceGetInfoResponse(
-            service=model_pb2.ServiceInfo(version="0.1.0", schema_version=self.schema_version, instance_id="i1"),
+            service=model_pb2.ServiceInfo(
+                version="0.1.0", schema_version=self.schema_version, instance_id=self.instance_id
+            ),
             model=model_pb2.ModelSpec(
                 name="tiny", family="mixtral", fingerprint="ab12", dtype=model_pb2.DTYPE_BFLOAT16, num_moe_layers=4,
                 num_experts=8, experts_per_token=2, expert_nbytes=1 << 20, hidden_size=64, vocab_size=100,

@@ -320,7 +320,7 @@ def test_help_is_quick_and_knows_every_command() -> None:
         check=True,
     )
     assert time.perf_counter() - begin_s < 5  # it takes a third of a second on an idle machine
-    for command in ("up", "generate", "chat", "status", "pack", "demo", "doctor", "--install-completion"):
+    for command in ("up", "generate", "chat", "status", "top", "pack", "demo", "doctor", "--install-completion"):
         assert command in ended.stdout
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
     assert "promoe.cli.app" in imported

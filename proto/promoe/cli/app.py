@@ -14,6 +14,7 @@ from promoe.cli.generate import GenerateFlags, generate
 from promoe.cli.options import takes
 from promoe.cli.pack import PackFlags, pack
 from promoe.cli.status import StatusFlags, status
+from promoe.cli.top import TopFlags, top
 from promoe.cli.up import UpOptions, up
 from promoe.errors import PromoeError
 from promoe.transport import Unreachable
@@ -33,6 +34,7 @@ def make_app() -> typer.Typer:
     app.command()(takes(GenerateFlags)(generate))
     app.command()(takes(ChatFlags)(chat))
     app.command()(takes(StatusFlags)(status))
+    app.command()(takes(TopFlags)(top))
     app.command()(takes(PackFlags)(pack))
     app.command()(takes(DemoFlags)(demo))
     app.command()(takes(DoctorFlags)(doctor))

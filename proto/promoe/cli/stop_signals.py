@@ -31,6 +31,10 @@ class StopSignals:
         if select.select([self._read_fd], [], [], seconds)[0]:
             os.read(self._read_fd, 64)
 
+    def fileno(self) -> int:
+        """Readable when a signal has come since the last `wait`, to be waited for together with something else."""
+        return self._read_fd
+
     def __enter__(self) -> Self:
         # A signal's handler may run anywhere in the main thread: it only counts and writes to a pipe.
         self._read_fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
