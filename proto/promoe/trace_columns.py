@@ -44,7 +44,8 @@ SCHEMA: Final = pa.schema(
         ("span_num_tokens", pa.list_(pa.uint32())),
         ("span_is_prefill", pa.list_(pa.bool_())),
         ("ended_request_ids", pa.list_(pa.string())),
-        # Hints.
+        ("link_bytes_per_s", pa.float64()),
+        # Hints; `look` is a load's, too.
         ("observed_step", pa.uint64()),
         ("observed_layer", pa.uint16()),
         ("experts", pa.list_(pa.uint16())),
@@ -53,12 +54,14 @@ SCHEMA: Final = pa.schema(
         ("version", pa.string()),
         ("fate", pa.string()),
         ("latency_s", pa.float64()),
+        ("look", pa.uint32()),
         # Loads; `end_s` is a layer's, too.
         ("begin_s", pa.float64()),
         ("end_s", pa.float64()),
         ("expert", pa.uint16()),
         ("reason", pa.string()),
         ("nbytes", pa.uint64()),
+        ("is_paused", pa.bool_()),
         # Layers.
         ("num_tokens", pa.uint32()),
         ("topk_ids", pa.list_(pa.uint16())),
@@ -95,6 +98,8 @@ def row_of(event: TraceEvent) -> Row:
             "expert": event.expert.expert,
             "reason": event.reason.value,
             "nbytes": event.nbytes,
+            "look": event.look,
+            "is_paused": event.is_paused,
         }
     if isinstance(event, StepEvent):
         return {
@@ -105,6 +110,7 @@ def row_of(event: TraceEvent) -> Row:
             "span_num_tokens": [span.num_tokens for span in event.spans],
             "span_is_prefill": [span.is_prefill for span in event.spans],
             "ended_request_ids": list(event.ended_request_ids),
+            "link_bytes_per_s": event.link_bytes_per_s,
         }
     return _hint_row(event)
 
@@ -147,6 +153,7 @@ def _hint_row(event: HintEvent) -> Row:
         "version": hint.version,
         "fate": event.fate.value,
         "latency_s": event.latency_s,
+        "look": event.look,
     }
 
 
@@ -199,7 +206,7 @@ class BatchRows:
                 self._items[field.name] = column.values.to_numpy()
             else:
                 self._id_items[field.name] = column.values.to_pylist()
-        elif pa.types.is_integer(field.type):
+        elif pa.types.is_integer(field.type) or pa.types.is_boolean(field.type):
             self._integers[field.name] = column.to_pylist()
         elif pa.types.is_floating(field.type):
             self._floats[field.name] = column.to_pylist()
@@ -244,6 +251,7 @@ class BatchRows:
             step=self._integers["step"][row],
             spans=tuple(StepSpan(request_id, tokens, bool(prefill)) for request_id, tokens, prefill in spans),
             ended_request_ids=self._strings("ended_request_ids", row),
+            link_bytes_per_s=self._floats["link_bytes_per_s"][row],
         )
 
     def _hint(self, row: int) -> HintEvent:
@@ -258,7 +266,9 @@ class BatchRows:
             version=self._texts["version"][row],
         )
         fate = HintFate(self._texts["fate"][row])
-        return HintEvent(self._floats["at_s"][row], hint, fate, self._floats["latency_s"][row])
+        return HintEvent(
+            self._floats["at_s"][row], hint, fate, self._floats["latency_s"][row], self._integers["look"][row]
+        )
 
     def _load(self, row: int) -> LoadEvent:
         return LoadEvent(
@@ -268,6 +278,8 @@ class BatchRows:
             expert=ExpertId(self._integers["layer"][row], self._integers["expert"][row]),
             reason=LoadReason(self._texts["reason"][row]),
             nbytes=self._integers["nbytes"][row],
+            look=self._integers["look"][row],
+            is_paused=bool(self._integers["is_paused"][row]),
         )
 
     def _layer(self, row: int) -> LayerEvent:

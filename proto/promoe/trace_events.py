@@ -22,12 +22,14 @@ class StepEvent:
         step: counts up.
         spans: whose tokens its rows are.
         ended_request_ids: requests that ended since the step before.
+        link_bytes_per_s: what the cache reckons with during the step; 0 before anything was moved.
     """
 
     at_s: float
     step: int
     spans: tuple[StepSpan, ...]
     ended_request_ids: tuple[str, ...] = ()
+    link_bytes_per_s: float = 0.0
 
 
 class HintFate(Enum):
@@ -46,12 +48,21 @@ class HintFate(Enum):
 
 @dataclass(frozen=True, eq=False)
 class HintEvent:
-    """The cache took notice of a hint. `latency_s`: since its observation was sent, where that is known."""
+    """The cache took notice of a hint.
+
+    Attributes:
+        at_s: when it did.
+        hint: as it came.
+        fate: what became of it.
+        latency_s: since its observation was sent, where that is known.
+        look: in which of the step's looks around, counted from 0; a replay notices it in the same one.
+    """
 
     at_s: float
     hint: Hint
     fate: HintFate
     latency_s: float | None = None
+    look: int = 0
 
 
 class LoadReason(Enum):
@@ -64,14 +75,16 @@ class LoadReason(Enum):
 
 @dataclass(frozen=True)
 class LoadEvent:
-    """The cache took notice of a load that had arrived.
+    """The cache took notice of a load that had arrived, or took one off the link's queue with a part of it copied.
 
     Attributes:
         at_s: when it took notice.
         begin_s, end_s: of the copy, on the link.
         expert: which one.
         reason: what it was queued as at last (a prefetch that became urgent is a demand load).
-        nbytes: of the expert.
+        nbytes: that have come: all of the expert's, unless it was paused.
+        look: as in HintEvent.
+        is_paused: it was taken off the queue; it may go on later, and then arrive whole.
     """
 
     at_s: float
@@ -80,6 +93,8 @@ class LoadEvent:
     expert: ExpertId
     reason: LoadReason
     nbytes: int
+    look: int = 0
+    is_paused: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,7 +47,12 @@ def encode_event(event: TraceEvent) -> inference_pb2.TraceEvent:
         return inference_pb2.TraceEvent(hint=_encode_hint_event(event))
     start = encode_step_start(StepStart(event.step, event.spans))
     return inference_pb2.TraceEvent(
-        step=inference_pb2.TraceStep(at_s=event.at_s, start=start, ended_request_ids=event.ended_request_ids)
+        step=inference_pb2.TraceStep(
+            at_s=event.at_s,
+            start=start,
+            ended_request_ids=event.ended_request_ids,
+            link_bytes_per_s=event.link_bytes_per_s,
+        )
     )
 
 
@@ -65,8 +70,9 @@ def decode_event(message: inference_pb2.TraceEvent) -> TraceEvent:
     if kind == "hint":
         return _decode_hint_event(message.hint)
     if kind == "step":
-        start = decode_step_start(message.step.start)
-        return StepEvent(message.step.at_s, start.step, start.spans, tuple(message.step.ended_request_ids))
+        step = message.step
+        start = decode_step_start(step.start)
+        return StepEvent(step.at_s, start.step, start.spans, tuple(step.ended_request_ids), step.link_bytes_per_s)
     raise ValueError("event is not set; allowed: step, layer, hint, load")
 
 
@@ -132,6 +138,8 @@ def _encode_load(event: LoadEvent) -> inference_pb2.TraceLoad:
         expert=encode_expert(event.expert),
         reason=_REASON_TO_WIRE[event.reason],
         nbytes=event.nbytes,
+        look=event.look,
+        is_paused=event.is_paused,
     )
 
 
@@ -140,13 +148,24 @@ def _decode_load(message: inference_pb2.TraceLoad) -> LoadEvent:
     if reason is None:
         raise ValueError(f"load.reason is {message.reason}; allowed: {', '.join(r.value for r in LoadReason)}")
     return LoadEvent(
-        message.at_s, message.begin_s, message.end_s, decode_expert(message.expert), reason, message.nbytes
+        at_s=message.at_s,
+        begin_s=message.begin_s,
+        end_s=message.end_s,
+        expert=decode_expert(message.expert),
+        reason=reason,
+        nbytes=message.nbytes,
+        look=message.look,
+        is_paused=message.is_paused,
     )
 
 
 def _encode_hint_event(event: HintEvent) -> inference_pb2.TraceHint:
     return inference_pb2.TraceHint(
-        at_s=event.at_s, hint=encode_hint(event.hint), fate=_FATE_TO_WIRE[event.fate], latency_s=event.latency_s
+        at_s=event.at_s,
+        hint=encode_hint(event.hint),
+        fate=_FATE_TO_WIRE[event.fate],
+        latency_s=event.latency_s,
+        look=event.look,
     )
 
 
@@ -155,4 +174,4 @@ def _decode_hint_event(message: inference_pb2.TraceHint) -> HintEvent:
     if fate is None:
         raise ValueError(f"hint.fate is {message.fate}; allowed: {', '.join(f.value for f in HintFate)}")
     latency_s = message.latency_s if message.HasField("latency_s") else None
-    return HintEvent(message.at_s, decode_hint(message.hint), fate, latency_s)
+    return HintEvent(message.at_s, decode_hint(message.hint), fate, latency_s, message.look)

@@ -47,7 +47,8 @@ def hint_events(draw: st.DrawFn) -> HintEvent:
     experts = np.array(draw(st.lists(_IDS, max_size=6)), np.uint16)
     scores = draw(hnp.arrays(np.float32, experts.shape, elements=st.floats(0, 1, width=32)))
     hint = Hint(draw(_STEPS), draw(_IDS), draw(_STEPS), draw(_IDS), experts, scores, draw(_COUNTS), draw(_TEXT))
-    return HintEvent(draw(_SECONDS), hint, draw(st.sampled_from(HintFate)), draw(st.none() | _SECONDS))
+    fate = draw(st.sampled_from(HintFate))
+    return HintEvent(draw(_SECONDS), hint, fate, draw(st.none() | _SECONDS), draw(_COUNTS))
 
 
 STEP_EVENTS = st.builds(
@@ -56,9 +57,18 @@ STEP_EVENTS = st.builds(
     step=_STEPS,
     spans=st.lists(st.builds(StepSpan, _TEXT, _COUNTS, st.booleans()), max_size=3).map(tuple),
     ended_request_ids=st.lists(_TEXT, max_size=2).map(tuple),
+    link_bytes_per_s=_SECONDS,
 )
 LOAD_EVENTS = st.builds(
-    LoadEvent, _SECONDS, _SECONDS, _SECONDS, st.builds(ExpertId, _IDS, _IDS), st.sampled_from(LoadReason), _STEPS
+    LoadEvent,
+    at_s=_SECONDS,
+    begin_s=_SECONDS,
+    end_s=_SECONDS,
+    expert=st.builds(ExpertId, _IDS, _IDS),
+    reason=st.sampled_from(LoadReason),
+    nbytes=_STEPS,
+    look=_COUNTS,
+    is_paused=st.booleans(),
 )
 TRACE_EVENTS: st.SearchStrategy[TraceEvent] = st.one_of(STEP_EVENTS, LOAD_EVENTS, layer_events(), hint_events())
 

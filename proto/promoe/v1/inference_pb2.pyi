@@ -1451,7 +1451,10 @@ class TraceStep(_message.Message):
     AT_S_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     ENDED_REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    LINK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     at_s: _builtins.float
+    link_bytes_per_s: _builtins.float
+    """What the cache reckons with during the step; 0 before anything was moved."""
     @_builtins.property
     def start(self) -> _predictor_pb2.StepStart: ...
     @_builtins.property
@@ -1462,10 +1465,11 @@ class TraceStep(_message.Message):
         at_s: _builtins.float = ...,
         start: _predictor_pb2.StepStart | None = ...,
         ended_request_ids: _abc.Iterable[_builtins.str] | None = ...,
+        link_bytes_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "ended_request_ids", b"ended_request_ids", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "ended_request_ids", b"ended_request_ids", "link_bytes_per_s", b"link_bytes_per_s", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1547,9 +1551,12 @@ class TraceHint(_message.Message):
     HINT_FIELD_NUMBER: _builtins.int
     FATE_FIELD_NUMBER: _builtins.int
     LATENCY_S_FIELD_NUMBER: _builtins.int
+    LOOK_FIELD_NUMBER: _builtins.int
     at_s: _builtins.float
     fate: Global___HintFate.ValueType
     latency_s: _builtins.float
+    look: _builtins.int
+    """In which of the step's looks around the cache noticed it, counted from 0."""
     @_builtins.property
     def hint(self) -> _predictor_pb2.Hint: ...
     def __init__(
@@ -1559,10 +1566,11 @@ class TraceHint(_message.Message):
         hint: _predictor_pb2.Hint | None = ...,
         fate: Global___HintFate.ValueType = ...,
         latency_s: _builtins.float | None = ...,
+        look: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_s", b"_latency_s", "hint", b"hint", "latency_s", b"latency_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_s", b"_latency_s", "at_s", b"at_s", "fate", b"fate", "hint", b"hint", "latency_s", b"latency_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_s", b"_latency_s", "at_s", b"at_s", "fate", b"fate", "hint", b"hint", "latency_s", b"latency_s", "look", b"look"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__latency_s: _TypeAlias = _typing.Literal["latency_s"]  # noqa: Y015
     _WhichOneofArgType__latency_s: _TypeAlias = _typing.Literal["_latency_s", b"_latency_s"]  # noqa: Y015
@@ -1580,11 +1588,18 @@ class TraceLoad(_message.Message):
     EXPERT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     NBYTES_FIELD_NUMBER: _builtins.int
+    LOOK_FIELD_NUMBER: _builtins.int
+    IS_PAUSED_FIELD_NUMBER: _builtins.int
     at_s: _builtins.float
     begin_s: _builtins.float
     end_s: _builtins.float
     reason: Global___LoadReason.ValueType
     nbytes: _builtins.int
+    """That have come: all of the expert's, unless the load was paused."""
+    look: _builtins.int
+    """As in TraceHint."""
+    is_paused: _builtins.bool
+    """It was taken off the link's queue with a part of it copied."""
     @_builtins.property
     def expert(self) -> _model_pb2.ExpertId: ...
     def __init__(
@@ -1596,10 +1611,12 @@ class TraceLoad(_message.Message):
         expert: _model_pb2.ExpertId | None = ...,
         reason: Global___LoadReason.ValueType = ...,
         nbytes: _builtins.int = ...,
+        look: _builtins.int = ...,
+        is_paused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "begin_s", b"begin_s", "end_s", b"end_s", "expert", b"expert", "nbytes", b"nbytes", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "begin_s", b"begin_s", "end_s", b"end_s", "expert", b"expert", "is_paused", b"is_paused", "look", b"look", "nbytes", b"nbytes", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
