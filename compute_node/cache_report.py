@@ -32,13 +32,15 @@ class CacheReport:
 
     def cache_shape(self) -> CacheShapeReport:
         """The plan."""
+        policy = self.expert_cache.policy
+        blob_nbytes = self.expert_cache.geometry.blob_nbytes
         return CacheShapeReport(
             slots_per_layer=self.plan.slots_per_layer,
             slot_nbytes=self.plan.slot_nbytes,
             cache_rate=self.expert_cache.geometry.cache_rate,
-            eviction=self.config.eviction,
-            chunk_nbytes=self.config.chunk_bytes,
-            max_chunks_in_flight=self.config.max_chunks_in_flight,
+            eviction=policy.eviction,
+            chunk_nbytes=policy.chunk_settings(blob_nbytes).chunk_nbytes or blob_nbytes,
+            max_chunks_in_flight=policy.max_chunks_in_flight,
         )
 
     def store_link(self) -> StoreLinkReport:
@@ -54,11 +56,12 @@ class CacheReport:
         """The counters, as they are now."""
         transfers = self.transfers.stats()
         layers: list[LayerCounts] = []
+        evictions = self.expert_cache.evictions
         for layer, counters in enumerate(self.expert_cache.counters):
             occupancy = self.expert_cache.occupancy(layer)
             layers.append(
                 LayerCounts(
-                    layer, occupancy.resident, occupancy.loading, counters.hits, counters.misses, counters.evictions
+                    layer, occupancy.resident, occupancy.loading, counters.hits, counters.misses, evictions[layer]
                 )
             )
         return CacheCounts(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter
 
-from compute_node.expert_cache import Acquisition
+from compute_node.acquisition import Acquisition
 from compute_node.step_ledger import ExpertUse, Phase, StepLedger, TokenSpan
 from promoe import telemetry
 

@@ -1,10 +1,13 @@
 """What a compute node can be asked for; defaults live here and nowhere else."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Final
+
+from compute_node.eviction import eviction_named
+from compute_node.schedule import HintUse, SchedulePolicy, SlotSplit, policy_named
 
 _MAX_COUNT: Final = 2**32 - 1
 """GetInfo reports counts in 32 bits."""
@@ -49,8 +52,15 @@ class ComputeConfig:
         max_queued_requests: accepted requests that wait; further ones are refused.
         max_batch_tokens: tokens of one step, prefill included.
         max_prompt_bytes: longest prompt text.
+        policy: a named set of the scheduling settings that follow (`lru`, `promoe`, `proactive`); those that are given
+            override the set's (see `compute_node.schedule`).
         eviction: a row of the eviction table.
-        chunk_bytes: unit of one copy.
+        slot_split: `layer` or `global`.
+        hints: `ignore`, `top` or `budgeted`.
+        early_preemption: all of a layer's misses are asked for when its routing is known.
+        reorder: experts are computed in order of arrival.
+        stream_prefill: a prefill's next layers are loaded in order.
+        chunk_bytes: unit of one copy; None: a share of an expert.
         max_chunks_in_flight: copies under way at once.
         link_bytes_per_s: throttles the CPU's link to play another one; None: not throttled.
         serial: computes a layer only when all its experts have arrived (the oracle of the overlapped loop).
@@ -75,9 +85,15 @@ class ComputeConfig:
     max_queued_requests: int = 64
     max_batch_tokens: int = 512
     max_prompt_bytes: int = 4 << 20
-    eviction: str = "lru"
-    chunk_bytes: int = 1 << 20
-    max_chunks_in_flight: int = 2
+    policy: str = "proactive"
+    eviction: str | None = None
+    slot_split: SlotSplit | None = None
+    hints: HintUse | None = None
+    early_preemption: bool | None = None
+    reorder: bool | None = None
+    stream_prefill: bool | None = None
+    chunk_bytes: int | None = None
+    max_chunks_in_flight: int | None = None
     link_bytes_per_s: float | None = None
     serial: bool = False
     num_threads: int | None = None
@@ -119,13 +135,34 @@ class ComputeConfig:
             ("chunk_bytes", self.chunk_bytes),
             ("max_chunks_in_flight", self.max_chunks_in_flight),
         ):
-            if count > _MAX_COUNT:
+            if count is not None and count > _MAX_COUNT:
                 raise ValueError(f"compute.{name} is {count}; allowed: up to {_MAX_COUNT}")
         if self.metrics_listen and not _is_host_and_port(self.metrics_listen):
             raise ValueError(f"compute.metrics_listen is {self.metrics_listen!r}; expected host:port")
         endpoint = self.predictor_endpoint
         if endpoint and not endpoint.startswith("unix:") and not _is_host_and_port(endpoint):
             raise ValueError(f"compute.predictor_endpoint is {endpoint!r}; expected unix:PATH or host:port")
+
+    def schedule(self) -> SchedulePolicy:
+        """The named set with what was asked for otherwise.
+
+        Raises:
+            SettingUnfit: no such set, or no such eviction.
+        """
+        asked = {
+            "eviction": self.eviction,
+            "slot_split": self.slot_split,
+            "hints": self.hints,
+            "early_preemption": self.early_preemption,
+            "reorder": self.reorder,
+            "stream_prefill": self.stream_prefill,
+            "chunk_nbytes": self.chunk_bytes,
+            "max_chunks_in_flight": self.max_chunks_in_flight,
+        }
+        overrides = {name: value for name, value in asked.items() if value is not None}
+        policy = replace(policy_named(self.policy), serial=self.serial, **overrides)  # type: ignore[arg-type]
+        eviction_named(policy.eviction)
+        return policy
 
 
 def _is_host_and_port(address: str) -> bool:

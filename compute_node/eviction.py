@@ -1,46 +1,56 @@
 """Which READY slot gives way: a policy is a function and a row in the table.
 
-A policy sees the unpinned READY slots of one layer and returns the one to evict.
+A policy scores the experts of some layers, (layers, E): of the slots that may be given up, the one with the lowest
+score is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
+from compute_node.expert_history import ExpertHistory
 from promoe.config import SettingUnfit
-from promoe.ids import ExpertId
+
+Scores: TypeAlias = npt.NDArray[np.float64] | npt.NDArray[np.int64]
+Eviction: TypeAlias = Callable[[ExpertHistory, slice], Scores]
+
+_MOST_USES: Final = 1 << 40
 
 
-@dataclass(eq=False)
-class SlotHistory:
-    """What policies may look at.
+def lru(history: ExpertHistory, layers: slice) -> Scores:
+    """Keeps what was used last: the paper's baseline (ProMoE §6.1)."""
+    return history.last_use_LE[layers]
 
-    Attributes:
-        expert: what the slot holds.
-        last_use: the cache's use counter when the expert was last acquired (larger is later).
-        num_uses: acquisitions since it was loaded.
+
+def lfu(history: ExpertHistory, layers: slice) -> Scores:
+    """Keeps what was used most often since it was loaded; among equals what was used last."""
+    return history.num_uses_LE[layers] * _MOST_USES + history.last_use_LE[layers]
+
+
+def static(history: ExpertHistory, layers: slice) -> Scores:
+    """Keeps what was routed most often since the start, so that the set stops changing; ties by number."""
+    return history.num_routed_LE[layers]
+
+
+def promoe(history: ExpertHistory, layers: slice) -> Scores:
+    """LRU in which being hinted counts as a use (ProMoE §5, Algorithm 2: `cache.hit` of predicted experts)."""
+    return history.last_touch_LE[layers]
+
+
+def next_use(history: ExpertHistory, layers: slice) -> Scores:
+    """Keeps what is expected to be used soonest, in layers from now: Belady's rule on estimates.
+
+    The estimate is recency, decayed frequency, hints and the distance in layers; see `ExpertHistory`.
     """
-
-    expert: ExpertId
-    last_use: int = 0
-    num_uses: int = 0
+    return -history.layers_until_use(layers)
 
 
-Eviction = Callable[[Sequence[SlotHistory]], SlotHistory]
-
-
-def lru(candidates: Sequence[SlotHistory]) -> SlotHistory:
-    """The least recently used one: the paper's baseline (ProMoE §6.1)."""
-    return min(candidates, key=lambda slot: slot.last_use)
-
-
-def lfu(candidates: Sequence[SlotHistory]) -> SlotHistory:
-    """The least often used one since it was loaded; among equals the least recently used."""
-    return min(candidates, key=lambda slot: (slot.num_uses, slot.last_use))
-
-
-EVICTIONS: Final[Mapping[str, Eviction]] = MappingProxyType({"lru": lru, "lfu": lfu})
+EVICTIONS: Final[Mapping[str, Eviction]] = MappingProxyType(
+    {"lru": lru, "lfu": lfu, "static": static, "promoe": promoe, "next_use": next_use}
+)
 
 
 def eviction_named(name: str) -> Eviction:

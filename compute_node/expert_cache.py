@@ -1,94 +1,47 @@
-"""The expert cache: device slots, what they hold, and what gives way.
+"""The expert cache: what a layer needs is pinned or loaded, what it will need is loaded ahead, the rest gives way.
 
-Knows slots and experts, not tensors of hidden states. Owned by the engine thread; the store client's thread enters
-through `blob_retired` only. Slot states:
-
-            acquire (miss)            last chunk issued
-    FREE ───────────────────► LOADING ─────────────────► READY
-     ▲                           │                         │
-     └───── load failed ─────────┴──── evict, retire ──────┘
-
-A pinned slot never leaves READY. Experts are immutable, so eviction is forgetting.
+Knows slots and experts, not tensors of hidden states. Every decision is made on the engine thread, at the points where
+it looks around: a step begins, a decoder layer begins, a routing becomes known, an expert was computed, a layer is
+over. Hints and arrived loads wait for the next look; so the order of what was noticed determines what is decided, and a
+trace of it can be replayed. The store client's thread enters through `blob_retired` only.
 """
 
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
+from typing import Protocol
 
-import torch
+import numpy as np
 
-from compute_node.device.cpu import DONE
-from compute_node.device.seam import CopyTicket, Device
-from compute_node.eviction import Eviction, SlotHistory
+from compute_node.acquisition import Acquisition
+from compute_node.device.seam import CopyTicket
+from compute_node.eviction import eviction_named
+from compute_node.expert_history import ExpertHistory, FloatArray
+from compute_node.hint_inbox import HintInbox
 from compute_node.loads import Load, LoadState, Transfers
+from compute_node.prefetch import Prefetcher
+from compute_node.prefetch_counters import PrefetchCounters
+from compute_node.schedule import HintUse, SchedulePolicy
+from compute_node.slots import CacheGeometry, Slot, SlotState, SlotTable
 from promoe.errors import Unavailable
+from promoe.hint import Hint, IdArray, StepStart
 from promoe.ids import ExpertId
+from promoe.trace_events import HintEvent, HintFate, LayerEvent, LoadEvent, LoadReason, StepEvent, TraceEvent
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CacheGeometry:
-    """Sizes of an expert cache."""
+class ComputeMarks(Protocol):
+    """The part of a device that the cache needs: when compute has finished."""
 
-    num_layers: int
-    num_experts: int
-    slots_per_layer: int
-    blob_nbytes: int
+    def mark_compute(self) -> CopyTicket:
+        """A ticket that is done when all compute issued so far has finished."""
 
-    @property
-    def cache_rate(self) -> float:
-        """Device slots divided by all experts."""
-        return self.slots_per_layer / self.num_experts
-
-
-@dataclass(frozen=True)
-class CachePolicy:
-    """How the cache behaves.
-
-    Attributes:
-        eviction: chooses the slot that gives way.
-        serial: waits for a layer's loads before the first expert is handed out: the oracle of the overlapped loop.
-    """
-
-    eviction: Eviction
-    serial: bool = False
-
-
-class SlotState(Enum):
-    """See the module's diagram."""
-
-    FREE = "free"
-    LOADING = "loading"
-    READY = "ready"
-
-
-@dataclass(eq=False)
-class Slot:
-    """One expert-sized buffer on the device.
-
-    Attributes:
-        index: row of the slots tensor.
-        address: of the row, on the device.
-        history: what eviction looks at; None when FREE.
-        pins: layers' acquisitions that read it.
-        last_compute: compute that may still read it.
-        doomed: its blob was retired while it was in use; it is forgotten at its release.
-    """
-
-    index: int
-    address: int
-    state: SlotState = SlotState.FREE
-    history: SlotHistory | None = None
-    load: Load | None = None
-    pins: int = 0
-    last_compute: CopyTicket = DONE
-    doomed: bool = False
+    def synchronize(self) -> None:
+        """Blocks until all work has finished."""
 
 
 @dataclass
@@ -97,179 +50,447 @@ class LayerCounters:
 
     hits: int = 0
     misses: int = 0
-    evictions: int = 0
 
 
 @dataclass(frozen=True)
 class LayerOccupancy:
-    """Slots of one layer by state."""
+    """Slots of one layer's experts by state."""
 
     resident: int
     loading: int
 
 
-@dataclass
-class Acquisition:
-    """One layer's use of its experts in one step: what was there, what had to come, and how long compute waited.
+@dataclass(frozen=True)
+class CacheSnapshot:
+    """Where a replay starts: per slot `layer * num_experts + expert` or -1, and what eviction remembers."""
 
-    Iterate `arrivals()` once, inside `ExpertCache.acquire`.
+    resident: list[int]
+    history_json: str
+
+
+@dataclass(frozen=True)
+class CacheSurroundings:
+    """What the cache works with.
 
     Attributes:
-        hits: needed experts that were READY when the routing became known.
-        misses: the others, in the order they are loaded.
-        stall_s: time the engine thread waited for loads.
-        loaded_nbytes: bytes asked from the transfer engine.
-        late: those of `misses` whose load was under way when the routing became known.
-        late_stall_s: the part of `stall_s` that was spent on `late` ones.
-        pinned: slots by expert; the cache's business.
+        marks: so that a slot is overwritten only after it was read.
+        transfers: move experts.
+        source_address: where an expert's blob lies in the mapped arena; raises Unavailable if it is not there.
+        hints: where received hints wait.
+        clock: seconds; real, or a replay's.
     """
 
-    layer: int
-    hits: tuple[int, ...]
-    misses: tuple[int, ...]
-    stall_s: float = 0.0
-    loaded_nbytes: int = 0
-    late: tuple[int, ...] = ()
-    late_stall_s: float = 0.0
-    pinned: dict[int, Slot] = field(default_factory=dict)
+    marks: ComputeMarks
+    transfers: Transfers
+    source_address: Callable[[ExpertId], int]
+    hints: HintInbox
+    clock: Callable[[], float] = time.perf_counter
 
 
 class ExpertCache:
-    """Slots for every MoE layer, an equal share each.
+    """Slots for the experts of every MoE layer.
 
     Args:
-        slots_SB: uint8 tensor (num_moe_layers * slots_per_layer, slot bytes) on the device.
+        slot_addresses: of `geometry.num_slots` slots on the device.
         geometry: the cache's sizes.
-        device: marks compute, so that a slot is overwritten only after it was read.
-        transfers: loads experts.
-        source_address: where an expert's blob lies in the mapped arena; raises Unavailable if it is not there.
-        policy: which slot gives way, and whether loading and compute overlap.
+        policy: how slots are filled and given up.
+        surroundings: device, link, arena, hints and clock.
+
+    Attributes:
+        sinks: told, on the engine thread, of everything the cache takes notice of; they are quick and never raise.
     """
 
     def __init__(
         self,
-        slots_SB: torch.Tensor,
+        slot_addresses: Sequence[int],
         geometry: CacheGeometry,
-        device: Device,
-        transfers: Transfers,
-        source_address: Callable[[ExpertId], int],
-        policy: CachePolicy,
+        policy: SchedulePolicy,
+        surroundings: CacheSurroundings,
     ) -> None:
-        assert slots_SB.shape[0] == geometry.num_layers * geometry.slots_per_layer, "every layer has its slots"
         self.geometry = geometry
-        self.slots_SB = slots_SB
-        self._device = device
-        self._transfers = transfers
-        self._source_address = source_address
-        self._policy = policy
+        self.policy = policy
+        self._marks = surroundings.marks
+        self._transfers = surroundings.transfers
+        self._source_address = surroundings.source_address
+        self._hints = surroundings.hints
+        self._clock = surroundings.clock
+        self._idle = surroundings.marks.mark_compute()
         self._lock = threading.Condition(threading.RLock())
-        self._clock = 0
         self._computing_thread: int | None = None
-        rows = [Slot(index, slots_SB[index].data_ptr()) for index in range(slots_SB.shape[0])]
-        share = geometry.slots_per_layer
-        self._slots = [rows[layer * share : (layer + 1) * share] for layer in range(geometry.num_layers)]
-        self._slot_of: list[dict[int, Slot]] = [{} for _ in range(geometry.num_layers)]
+        self._history = ExpertHistory(geometry.num_layers, geometry.num_experts, geometry.experts_per_token)
+        eviction = eviction_named(policy.eviction)
+        self._table = SlotTable(
+            slot_addresses, geometry, policy.slot_split, lambda layers: eviction(self._history, layers), self._idle
+        )
+        self._prefetcher = Prefetcher(policy, self._table, self._history, self._transfers, self._new_load)
+        self.sinks: list[Callable[[TraceEvent], None]] = []
         self.counters = [LayerCounters() for _ in range(geometry.num_layers)]
+        self._step = 0
+
+    # ------------------------------------------------------------------ what is told from outside
+
+    @property
+    def prefetch_counters(self) -> PrefetchCounters:
+        """What became of prefetched bytes."""
+        return self._prefetcher.counters
+
+    @property
+    def evictions(self) -> list[int]:
+        """By layer, since the start."""
+        return [self._table.evictions[layer] for layer in range(self.geometry.num_layers)]
+
+    def is_prefetching(self, layer: int) -> bool:
+        """False while prefetching for this layer is switched off because it cost more than it saved."""
+        return self.policy.hints is not HintUse.IGNORE and self._prefetcher.worth.is_on(layer)
+
+    def begin_step(self, start: StepStart) -> None:
+        """A forward pass begins, whose tokens are these spans'."""
+        is_prefill = any(span.is_prefill for span in start.spans)
+        self._tell(StepEvent(self._clock(), start.step, start.spans))
+        with self._lock:
+            self._step = start.step
+            self._history.begin_step(max(1, start.num_tokens), max(1, len(start.spans)))
+            self._prefetcher.pace.begin_step(changes_phase=is_prefill != self._prefetcher.is_prefill)
+            self._prefetcher.is_prefill = is_prefill
+            for hint in self._prefetcher.book.begin_step(start.step):
+                self._apply(hint)
+            self._look_around()
+
+    def notice(self) -> None:
+        """A look around: hints, arrivals, and what to load next. Cheap when there is nothing new."""
+        with self._lock:
+            self._look_around()
+
+    def snapshot(self) -> CacheSnapshot:
+        """What the slots hold and what eviction remembers."""
+        with self._lock:
+            resident = [
+                slot.expert.layer * self.geometry.num_experts + slot.expert.expert
+                if slot.expert is not None and slot.state is SlotState.READY
+                else -1
+                for slot in self._table.slots
+            ]
+            return CacheSnapshot(resident, self._history.to_json())
+
+    def restore(self, snapshot: CacheSnapshot) -> None:
+        """Puts an unused cache into a snapshot's state, without loading anything: for replays.
+
+        Raises:
+            ValueError: the snapshot is of another geometry.
+        """
+        if len(snapshot.resident) != len(self._table.slots):
+            raise ValueError(f"the snapshot has {len(snapshot.resident)} slots, the cache {len(self._table.slots)}")
+        with self._lock:
+            self._table.fill(snapshot.resident)
+            self._history.load_json(snapshot.history_json)
+
+    # ------------------------------------------------------------------ a layer's use
 
     @contextmanager
-    def acquire(self, layer: int, needed: Sequence[int]) -> Iterator[Acquisition]:
-        """Pins what is READY, queues loads for what is not, and releases everything at the end.
+    def acquire(self, layer: int, needed: Sequence[int], topk_ids_TK: IdArray) -> Iterator[Acquisition]:
+        """Pins what is READY, makes demand loads of what is not, and releases everything at the end.
 
         Args:
             layer: MoE layer.
             needed: the routed experts, each once.
+            topk_ids_TK: the routing they come from.
 
         Raises:
             Unavailable: an expert cannot be had; the step fails, the cache stays whole.
         """
         self._follow_compute()
+        routed_s = self._clock()
         with self._lock:
-            slot_of = self._slot_of[layer]
-            hits = tuple(e for e in needed if e in slot_of and slot_of[e].state is SlotState.READY)
-            missing = tuple(e for e in needed if e not in slot_of)
-            assert len(hits) + len(missing) == len(needed), "between steps no slot is LOADING"
-            acquisition = Acquisition(layer, hits, missing)
-            for expert in hits:
-                self._pin(acquisition, slot_of[expert])
-            self.counters[layer].hits += len(hits)
-            self.counters[layer].misses += len(missing)
+            self._take_hints()
+            self._take_arrivals()
+            self._prefetcher.pace.routed(layer, routed_s)
+            acquisition = self._open(layer, needed)
+            used = (*acquisition.hits, *acquisition.misses)
+            self._history.routed(layer, used, self._token_shares(topk_ids_TK), topk_ids_TK.shape[0])
+            self._prefetcher.book.routed(layer)
+            self._prefetcher.worth.visited(layer)
+            if self.policy.early_preemption:
+                self._prefetcher.drop_unneeded(layer)
         try:
             yield acquisition
         finally:
             self._release_all(acquisition)
+            self._prefetcher.pace.stalled(acquisition.stall_s)
+            self._tell(_layer_event(acquisition, self._step, topk_ids_TK, routed_s, self._clock()))
+            self.notice()
 
     def arrivals(self, acquisition: Acquisition) -> Iterator[tuple[int, int]]:
-        """Hands out (expert, slot index) as they can be computed: READY ones first, then in order of arrival.
+        """Hands out (expert, slot index) as they can be computed, in the policy's order.
 
-        The slot stays pinned until the next item is asked for. A layer that needs more experts than it has slots is
+        The slot stays pinned until the next item is asked for. A layer that needs more experts than there are slots is
         streamed: what was computed gives way to what is missing.
         """
-        waiting = deque(acquisition.misses)
-        loads: deque[Slot] = deque()
-        ready = deque(acquisition.hits)
-        self._load_more(acquisition, waiting, loads)
-        if self._policy.serial:
-            self._await_all(acquisition, loads, ready)
-        while ready or loads:
-            expert = ready.popleft() if ready else self._await_next(acquisition, loads)
+        waiting = [expert for expert in acquisition.misses if expert not in acquisition.pinned]
+        is_eager = self.policy.early_preemption or self.policy.serial
+        if is_eager:
+            self._demand_more(acquisition, waiting)
+        if self.policy.serial:
+            self._await_all(acquisition)
+        needed = [*acquisition.hits, *acquisition.misses]
+        remaining = needed if self.policy.reorder else sorted(needed)
+        while remaining:
+            expert = self._next_computable(acquisition, remaining, waiting)
             yield expert, acquisition.pinned[expert].index
+            remaining.remove(expert)
             if waiting:
                 self._release(acquisition, expert)
-                self._load_more(acquisition, waiting, loads)
-                if self._policy.serial:
-                    self._await_all(acquisition, loads, ready)
-        assert not waiting, "one computed expert frees one slot, so everything was loaded"
+                if is_eager:
+                    self._demand_more(acquisition, waiting)
+                if self.policy.serial:
+                    self._await_all(acquisition)
+            if remaining and self._prefetcher.num_loading:
+                self.notice()
 
     def warm(self) -> None:
-        """Fills every free slot with the layer's first experts, so that service starts with a full cache."""
+        """Fills the slots with every layer's first experts, so that service starts with a full cache."""
+        sinks, self.sinks = self.sinks, []
+        experts = range(min(self.geometry.slots_per_layer, self.geometry.num_experts))
         for layer in range(self.geometry.num_layers):
-            experts = range(min(self.geometry.slots_per_layer, self.geometry.num_experts))
             try:
-                with self.acquire(layer, experts) as acquisition:
+                with self.acquire(layer, experts, np.array([experts], dtype=np.uint16)) as acquisition:
                     for _ in self.arrivals(acquisition):
                         pass
             except Unavailable as error:
                 logger.warning("MoE layer %d starts without all of its experts: %s", layer, error)
         self.restart_counters()
-        self._device.synchronize()
+        self._history.reset()
+        self._marks.synchronize()
+        self.sinks = sinks
 
     def restart_counters(self) -> None:
         """Forgets what was counted, not what is held."""
         self.counters = [LayerCounters() for _ in self.counters]
+        self._table.evictions.clear()
+
+    # ------------------------------------------------------------------ reports, and the store's thread
 
     def occupancy(self, layer: int) -> LayerOccupancy:
-        """What the layer's slots hold now."""
+        """What the layer's experts are doing now."""
         with self._lock:
-            states = [slot.state for slot in self._slots[layer]]
+            states = [slot.state for slot in self._table.held(layer)]
         return LayerOccupancy(states.count(SlotState.READY), states.count(SlotState.LOADING))
+
+    def resident_states(self) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
+        """By layer and expert: bit 0 resident, bit 1 loading, bit 2 hinted for the layer's next visit."""
+        with self._lock:
+            states_LE = self._table.states_LE()
+            for layer in range(self.geometry.num_layers):
+                hint = self._prefetcher.book.hint_for(layer)
+                if hint is not None:
+                    states_LE[layer, hint.experts[: hint.num_expected]] |= 4
+        return states_LE
 
     def blob_retired(self, expert: ExpertId) -> None:
         """Forgets the expert; returns when no copy reads its blob and no slot made from it will be computed with."""
         with self._lock:
-            slot = self._slot_of[expert.layer].get(expert.expert)
+            in_use = self._table.find(*expert)
+            if in_use is not None and in_use.pins:
+                in_use.doomed = True
+                self._lock.wait_for(lambda: in_use.pins == 0)
+            slot = self._table.find(*expert)
             if slot is not None:
-                slot.doomed = True
-                self._lock.wait_for(lambda: slot.pins == 0 and slot.state is not SlotState.LOADING)
-                if slot.doomed and slot.state is SlotState.READY:
-                    self._forget(expert.layer, slot)
+                load = slot.load
+                if load is not None:
+                    self._prefetcher.stop([slot])
+                    self._transfers.settle([load])
+                if slot.expert == expert:
+                    self._table.forget(slot)
         # A slot is READY, or even another expert's, as soon as compute was told to wait for the copy: the copy itself
         # may be under way.
-        self._device.synchronize()
+        self._marks.synchronize()
 
     def blob_published(self, expert: ExpertId) -> None:
-        """Nothing to do: the next miss finds the blob."""
+        """Nothing to do: the next load finds the blob."""
 
     def check_integrity(self) -> None:
         """Asserts what must hold between steps; called after each test."""
         with self._lock:
-            for layer, slots in enumerate(self._slots):
-                held = {slot.history.expert.expert: slot for slot in slots if slot.history is not None}
-                assert held == self._slot_of[layer], f"the index of layer {layer} says what its slots hold"
-                for slot in slots:
-                    assert slot.pins == 0, f"nobody holds slot {slot.index} between steps"
-                    assert slot.state is not SlotState.LOADING, f"slot {slot.index} is not loading between steps"
-                    assert (slot.state is SlotState.FREE) == (slot.history is None), "only FREE slots hold nothing"
-                    assert slot.history is None or slot.history.expert.layer == layer, "slots keep to their layer"
+            self._table.check_integrity()
+            for slot in self._table.slots:
+                assert slot.pins == 0, f"nobody holds slot {slot.index} between steps"
+
+    # ------------------------------------------------------------------ looking around
+
+    def _look_around(self) -> None:
+        self._take_hints()
+        self._take_arrivals()
+        self._prefetcher.top_up()
+
+    def _take_hints(self) -> None:
+        for received in self._hints.drain():
+            hint = received.hint
+            fate = self._prefetcher.book.file(hint)
+            if fate is HintFate.TAKEN:
+                self._apply(hint)
+            self._tell(HintEvent(self._clock(), hint, fate, received.latency_s))
+
+    def _apply(self, hint: Hint) -> None:
+        """What a hint means to eviction."""
+        if self.policy.hints is HintUse.BUDGETED:
+            self._history.hinted(hint.layer, hint.experts.tolist(), hint.scores.tolist())
+        elif self.policy.hints is HintUse.TOP:
+            head = hint.experts[: hint.num_expected].tolist()
+            self._history.touched(hint.layer, [e for e in head if self._table.find(hint.layer, e) is not None])
+
+    def _take_arrivals(self) -> None:
+        for slot in self._prefetcher.arrivals():
+            assert slot.load is not None, "an arrival has its load"
+            if slot.load.state is LoadState.FAILED:
+                # Who needs it now asks again, and hears why it cannot be had.
+                if slot.pins == 0:
+                    self._table.forget(slot)
+            else:
+                self._arrive(slot, slot.load)
+
+    def _arrive(self, slot: Slot, load: Load) -> None:
+        self._table.arrived(slot)
+        self._tell(LoadEvent(self._clock(), load.begin_s, load.end_s, load.expert, load.reason, load.nbytes))
+
+    def _tell(self, event: TraceEvent) -> None:
+        for sink in self.sinks:
+            sink(event)
+
+    # ------------------------------------------------------------------ slots and loads of an acquisition
+
+    def _open(self, layer: int, needed: Sequence[int]) -> Acquisition:
+        """Pins what is there or under way."""
+        hits: list[int] = []
+        late: list[Slot] = []
+        absent: list[int] = []
+        pinned: dict[int, Slot] = {}
+        for expert in needed:
+            slot = self._table.find(layer, expert)
+            if slot is None:
+                absent.append(expert)
+                continue
+            if slot.load is not None and slot.load.has_arrived:
+                self._arrive(slot, slot.load)
+            self._prefetcher.needed(slot)
+            self._table.pin(slot)
+            pinned[expert] = slot
+            if slot.state is SlotState.READY:
+                hits.append(expert)
+            else:
+                late.append(slot)
+        # The most complete first (ProMoE §5): in flight, then partly copied, then not begun, then missing.
+        late.sort(key=lambda slot: -slot.load.copied_nbytes if slot.load is not None else 0)
+        late_experts = tuple(slot.expert.expert for slot in late if slot.expert is not None)
+        acquisition = Acquisition(layer, tuple(hits), (*late_experts, *absent), late=late_experts, pinned=pinned)
+        if self.policy.early_preemption or self.policy.serial:
+            for slot in late:
+                self._prefetcher.urge(slot)
+        self.counters[layer].hits += len(hits)
+        self.counters[layer].misses += len(acquisition.misses)
+        return acquisition
+
+    def _demand_more(self, acquisition: Acquisition, waiting: list[int]) -> None:
+        """Starts loading as many of `waiting` as there are slots to be had."""
+        while waiting and self._demand(acquisition, waiting[0]):
+            waiting.pop(0)
+
+    def _demand(self, acquisition: Acquisition, expert: int) -> bool:
+        """False when every slot is in use."""
+        layer = acquisition.layer
+        with self._lock:
+            slot = self._table.take(layer) or self._prefetcher.steal(layer)
+            if slot is None:
+                return False
+            try:
+                load = self._new_load(ExpertId(layer, expert), slot)
+            except Unavailable:
+                self._table.give_back(slot)
+                raise
+            self._table.place(slot, load)
+            self._history.loaded(layer, expert, is_needed=True)
+            self._table.pin(slot)
+            acquisition.pinned[expert] = slot
+            acquisition.loaded_nbytes += load.nbytes
+            self._transfers.submit([load])
+        return True
+
+    def _new_load(self, expert: ExpertId, slot: Slot) -> Load:
+        source_address = self._source_address(expert)
+        return Load(expert, source_address, slot.address, self.geometry.blob_nbytes, slot.last_compute, self._idle)
+
+    def _next_computable(self, acquisition: Acquisition, remaining: list[int], waiting: list[int]) -> int:
+        """Blocks until one of `remaining` can be computed, the one that the policy wants, and returns it."""
+        pinned = acquisition.pinned
+        if self.policy.reorder:
+            under_way: list[Slot] = []
+            for expert in remaining:
+                slot = pinned.get(expert)
+                if slot is not None and slot.state is SlotState.READY:
+                    return expert
+                if slot is not None and self.policy.early_preemption:
+                    under_way.append(slot)
+            if under_way:
+                return self._await(acquisition, under_way)
+        expert = remaining[0]
+        if expert not in pinned:
+            if self._demand(acquisition, expert):
+                waiting.remove(expert)
+            else:
+                # All slots hold experts that are still to be computed: one of those goes first.
+                expert = next(expert for expert in remaining if expert in pinned)
+        slot = pinned[expert]
+        return expert if slot.state is SlotState.READY else self._await(acquisition, [slot])
+
+    def _await(self, acquisition: Acquisition, slots: Sequence[Slot]) -> int:
+        """Blocks until the first of these LOADING slots is READY; returns its expert."""
+        loads: list[Load] = []
+        for slot in slots:
+            assert slot.load is not None, "a LOADING slot has a load"
+            if slot.load.reason is not LoadReason.DEMAND or slot.load.state is LoadState.PAUSED:
+                self._prefetcher.urge(slot)
+            loads.append(slot.load)
+        started_s = self._clock()
+        load = self._transfers.next_issued(loads)
+        load.ticket.wait_on_compute()
+        expert = load.expert.expert
+        stall_s = self._clock() - started_s
+        acquisition.stall_s += stall_s
+        if expert in acquisition.late:
+            acquisition.late_stall_s += stall_s
+        with self._lock:
+            self._arrive(acquisition.pinned[expert], load)
+        return expert
+
+    def _await_all(self, acquisition: Acquisition) -> None:
+        while under_way := [slot for slot in acquisition.pinned.values() if slot.state is SlotState.LOADING]:
+            self._await(acquisition, under_way)
+
+    def _release(self, acquisition: Acquisition, expert: int) -> None:
+        slot = acquisition.pinned.pop(expert)
+        slot.last_compute = self._marks.mark_compute()
+        with self._lock:
+            self._unpin(slot)
+
+    def _release_all(self, acquisition: Acquisition) -> None:
+        """Ends the layer's pins; loads that nobody will compute with any more are stopped."""
+        mark = self._marks.mark_compute()
+        unfinished = [slot for slot in acquisition.pinned.values() if slot.load is not None]
+        loads = [slot.load for slot in unfinished if slot.load is not None]
+        if loads:
+            with self._lock:
+                self._prefetcher.stop(unfinished)
+            self._transfers.settle(loads)
+        with self._lock:
+            for slot in acquisition.pinned.values():
+                slot.last_compute = mark
+                if slot.load is not None:
+                    slot.doomed = True
+                self._unpin(slot)
+            acquisition.pinned.clear()
+
+    def _unpin(self, slot: Slot) -> None:
+        self._table.unpin(slot)
+        if slot.pins == 0:
+            self._lock.notify_all()
 
     def _follow_compute(self) -> None:
         """A slot is READY for the stream that was told to wait for its copy; another thread computes on another one.
@@ -278,112 +499,29 @@ class ExpertCache:
         """
         thread = threading.get_ident()
         if thread != self._computing_thread:
-            self._device.synchronize()
+            self._marks.synchronize()
             self._computing_thread = thread
 
-    # ------------------------------------------------------------------ states
-
-    def _pin(self, acquisition: Acquisition, slot: Slot) -> None:
-        assert slot.history is not None, "only a slot that holds an expert is pinned"
-        self._clock += 1
-        slot.pins += 1
-        slot.history.last_use = self._clock
-        slot.history.num_uses += 1
-        acquisition.pinned[slot.history.expert.expert] = slot
-
-    def _load_more(self, acquisition: Acquisition, waiting: deque[int], loads: deque[Slot]) -> None:
-        """Starts loading as many of `waiting` as there are slots to be had."""
-        if not waiting:
-            return
-        started: list[Load] = []
-        with self._lock:
-            while waiting and (slot := self._take_slot(acquisition.layer)) is not None:
-                expert = ExpertId(acquisition.layer, waiting[0])
-                source_address = self._source_address(expert)
-                waiting.popleft()
-                load = Load(expert, source_address, slot.address, self.geometry.blob_nbytes, slot.last_compute, DONE)
-                slot.state, slot.load = SlotState.LOADING, load
-                slot.history = SlotHistory(expert)
-                self._slot_of[expert.layer][expert.expert] = slot
-                self._pin(acquisition, slot)
-                loads.append(slot)
-                started.append(load)
-        acquisition.loaded_nbytes += len(started) * self.geometry.blob_nbytes
-        self._transfers.submit(started)
-
-    def _take_slot(self, layer: int) -> Slot | None:
-        """A FREE slot, or one that the policy evicts, or None when all are pinned."""
-        candidates: list[SlotHistory] = []
-        for slot in self._slots[layer]:
-            if slot.state is SlotState.FREE:
-                return slot
-            if slot.pins == 0 and slot.history is not None:
-                candidates.append(slot.history)
-        if not candidates:
+    def _token_shares(self, topk_ids_TK: IdArray) -> FloatArray | None:
+        """The share of tokens that were routed to each expert; None for a single token."""
+        if topk_ids_TK.shape[0] == 1:
             return None
-        victim = self._policy.eviction(candidates)
-        slot = self._slot_of[layer][victim.expert.expert]
-        self._forget(layer, slot)
-        self.counters[layer].evictions += 1
-        return slot
+        counts_E = np.bincount(topk_ids_TK.ravel(), minlength=self.geometry.num_experts)
+        shares_E: FloatArray = counts_E / topk_ids_TK.shape[0]
+        return shares_E
 
-    def _forget(self, layer: int, slot: Slot) -> None:
-        assert slot.history is not None, "a FREE slot holds nothing to forget"
-        assert slot.pins == 0, "a pinned slot never leaves READY"
-        del self._slot_of[layer][slot.history.expert.expert]
-        slot.state, slot.history, slot.load, slot.doomed = SlotState.FREE, None, None, False
 
-    def _await_next(self, acquisition: Acquisition, loads: deque[Slot]) -> int:
-        """Blocks until the first of `loads` arrives, takes it from there and returns its expert."""
-        pending = [slot.load for slot in loads if slot.load is not None]
-        started_s = time.perf_counter()
-        load = self._transfers.next_issued(pending)
-        load.ticket.wait_on_compute()
-        acquisition.stall_s += time.perf_counter() - started_s
-        slot = acquisition.pinned[load.expert.expert]
-        with self._lock:
-            slot.state = SlotState.READY
-            slot.load = None
-            loads.remove(slot)
-        return load.expert.expert
-
-    def _await_all(self, acquisition: Acquisition, loads: deque[Slot], ready: deque[int]) -> None:
-        while loads:
-            ready.append(self._await_next(acquisition, loads))
-
-    def _release(self, acquisition: Acquisition, expert: int) -> None:
-        slot = acquisition.pinned.pop(expert)
-        slot.last_compute = self._device.mark_compute()
-        with self._lock:
-            self._unpin(acquisition.layer, slot)
-
-    def _release_all(self, acquisition: Acquisition) -> None:
-        """Ends the layer's pins; loads that nobody will compute with any more are dropped or awaited."""
-        unfinished = [slot.load for slot in acquisition.pinned.values() if slot.load is not None]
-        if unfinished:
-            self._transfers.pause(unfinished)
-            self._transfers.settle(unfinished)
-        mark = self._device.mark_compute()
-        with self._lock:
-            for slot in acquisition.pinned.values():
-                slot.last_compute = mark
-                if slot.load is not None:
-                    self._settle(slot, slot.load)
-                self._unpin(acquisition.layer, slot)
-            acquisition.pinned.clear()
-
-    def _settle(self, slot: Slot, load: Load) -> None:
-        """A load that was not waited for: it arrived (keep it) or it did not (forget it at the unpin)."""
-        if load.state is LoadState.ISSUED:
-            load.ticket.wait_on_host()
-        else:
-            slot.doomed = True
-        slot.state, slot.load = SlotState.READY, None
-
-    def _unpin(self, layer: int, slot: Slot) -> None:
-        slot.pins -= 1
-        assert slot.pins >= 0, "pins are released once"
-        if slot.pins == 0:
-            if slot.doomed:
-                self._forget(layer, slot)
-            self._lock.notify_all()
+def _layer_event(
+    acquisition: Acquisition, step: int, topk_ids_TK: IdArray, routed_s: float, released_s: float
+) -> LayerEvent:
+    return LayerEvent(
+        at_s=routed_s,
+        end_s=released_s,
+        step=step,
+        layer=acquisition.layer,
+        topk_ids_TK=topk_ids_TK,
+        hits=acquisition.hits,
+        misses=acquisition.misses,
+        late=acquisition.late,
+        stall_s=acquisition.stall_s,
+    )

@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from compute_node.cache_stats import StepRecorder
 from compute_node.expert_cache import ExpertCache
 from compute_node.expert_weights import ExpertWeights
+from compute_node.layer_observer import LayerObserver
 
 EXPERTS_IMPLEMENTATION: Final = "promoe"
 
@@ -93,15 +94,22 @@ class MoeForward:
         weights: by slot index.
         expert_cache: hands out slots in order of arrival.
         recorder: told what every layer asked of the cache.
+        observer: told every layer's routing and what the router read.
     """
 
     def __init__(
-        self, layer: int, weights: list[ExpertWeights], expert_cache: ExpertCache, recorder: StepRecorder
+        self,
+        layer: int,
+        weights: list[ExpertWeights],
+        expert_cache: ExpertCache,
+        recorder: StepRecorder,
+        observer: LayerObserver,
     ) -> None:
         self.layer = layer
         self._weights = weights
         self._expert_cache = expert_cache
         self._recorder = recorder
+        self._observer = observer
         self._compute_dtype = weights[0].compute_dtype
 
     def __call__(
@@ -113,10 +121,11 @@ class MoeForward:
     ) -> torch.Tensor:
         """The routed experts' weighted sum, (T, D) in `hidden_TD`'s dtype."""
         routing = Routing.of(topk_ids_TK)
+        self._observer.routed(self.layer, routing.ids_TK, hidden_TD)
         grouped_ND = routing.group(hidden_TD).to(self._compute_dtype)
         outputs: list[torch.Tensor] = [hidden_TD] * len(routing.experts)
         group_of = {expert: group for group, expert in enumerate(routing.experts)}
-        with self._expert_cache.acquire(self.layer, routing.experts) as acquisition:
+        with self._expert_cache.acquire(self.layer, routing.experts, routing.ids_TK) as acquisition:
             for expert, slot_index in self._expert_cache.arrivals(acquisition):
                 group = group_of[expert]
                 rows_ND = grouped_ND[routing.bounds[group] : routing.bounds[group + 1]]

@@ -24,13 +24,15 @@ from compute_node.config import ComputeConfig
 from compute_node.device.choice import ChosenDevice, choose_device
 from compute_node.engine import Engine
 from compute_node.engine_choice import EnginePlan, EngineStarter
-from compute_node.eviction import eviction_named
 from compute_node.expert_path import ExpertPath
+from compute_node.hint_inbox import HintInbox
+from compute_node.layer_observer import LayerObserver
 from compute_node.memory_plan import MemoryNeeds, MemoryPlan, plan_memory
 from compute_node.model_loader import LoadedModel, load_model
 from compute_node.node_report import DeviceReport, NodeIdentity
 from compute_node.prompt import PromptCodec, PromptLimits
 from compute_node.request_metrics import RequestMetrics
+from compute_node.schedule import SchedulePolicy
 from compute_node.service import InferenceService
 from compute_node.step_ledger import Phase, StepLedger
 from compute_node.store_client import AttachProgress, StoreClient, StoreState
@@ -87,7 +89,7 @@ class ComputeNode:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         # What can be wrong is found before what takes long.
-        eviction_named(config.eviction)
+        policy = config.schedule()
         tokenizer = _load_tokenizer(config.pack / DENSE_FOLDER)
         chosen = choose_device(config.device, config.link_bytes_per_s)
         logger.info("Device: %s (%s), %s.", chosen.device.kind, chosen.device.name, chosen.reason)
@@ -102,10 +104,13 @@ class ComputeNode:
             self.has_died = True
             loop.call_soon_threadsafe(on_death)
 
-        path, store = self._open_experts(chosen, plan, died)
-        path.install(loaded, self.spec, recorder)
+        hints = HintInbox()
+        path, store = self._open_experts(chosen, plan, policy, hints, died)
+        observer = LayerObserver(self.spec.num_moe_layers, chosen.device, ())
+        path.install(loaded, self.spec, recorder, observer)
         self.experts_modules = loaded.experts_modules
         path.expert_cache.warm()
+        ledger.listeners = (observer.begin_step, path.expert_cache.begin_step)
         metrics = RequestMetrics(self._registry)
 
         def observe_step(phase: Phase, elapsed_s: float) -> None:
@@ -143,7 +148,12 @@ class ComputeNode:
         self._closers.close()
 
     def _open_experts(
-        self, chosen: ChosenDevice, plan: MemoryPlan, on_death: Callable[[], None]
+        self,
+        chosen: ChosenDevice,
+        plan: MemoryPlan,
+        policy: SchedulePolicy,
+        hints: HintInbox,
+        on_death: Callable[[], None],
     ) -> tuple[ExpertPath, StoreClient]:
         """Slots first, then the store, whose blobs they are loaded from."""
         config = self._config
@@ -151,7 +161,7 @@ class ComputeNode:
         def source_address(expert: ExpertId) -> int:
             return store.source_address(expert)
 
-        path = ExpertPath.build(self.spec, config, plan, chosen.device, source_address)
+        path = ExpertPath.build(self.spec, policy, plan, chosen.device, source_address, hints)
         pinning = chosen.device.pinning
         store = StoreClient(config.store_endpoint, self.spec.fingerprint, pinning, path.expert_cache, on_death)
         store.attach(config.attach_deadline_s, _AttachLog())

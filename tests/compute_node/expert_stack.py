@@ -6,7 +6,7 @@ For tests of everything between the experts function and the link. The blobs are
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from prometheus_client import CollectorRegistry
@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 from compute_node.cache_stats import CacheMetrics, StepRecorder
 from compute_node.device.cpu import CpuDevice
 from compute_node.device.seam import Device
-from compute_node.eviction import eviction_named
-from compute_node.expert_cache import CacheGeometry, CachePolicy, ExpertCache
+from compute_node.expert_cache import CacheSurroundings, ExpertCache
 from compute_node.expert_weights import TORCH_DTYPES, ExpertWeights
-from compute_node.load_queue import ChunkSettings
+from compute_node.hint_inbox import HintInbox
+from compute_node.layer_observer import LayerObserver
 from compute_node.moe_forward import EXPERTS_IMPLEMENTATION, MoeForward, install, register_experts_function
+from compute_node.schedule import POLICIES, HintUse, SchedulePolicy
+from compute_node.slots import CacheGeometry
 from compute_node.step_ledger import StepLedger
 from compute_node.transfer import TransferEngine
 from promoe.errors import Unavailable
@@ -66,6 +68,22 @@ class StackOptions:
     eviction: str = "lru"
     serial: bool = False
     device: Device = field(default_factory=CpuDevice)
+    policy: SchedulePolicy | None = None
+    experts_per_token: int = 1
+
+    def schedule(self) -> SchedulePolicy:
+        """The policy as it is, or a reactive one that computes in order of arrival, with the other settings."""
+        if self.policy is not None:
+            return self.policy
+        return replace(
+            POLICIES["promoe"],
+            hints=HintUse.IGNORE,
+            eviction=self.eviction,
+            chunk_nbytes=self.chunk_nbytes,
+            chunks_demand=True,
+            max_chunks_in_flight=self.max_chunks_in_flight,
+            serial=self.serial,
+        )
 
 
 @dataclass
@@ -78,6 +96,8 @@ class ExpertStack:
     ledger: StepLedger
     recorder: StepRecorder
     slots_SB: torch.Tensor
+    hints: HintInbox
+    observer: LayerObserver
 
 
 def experts_modules(model: nn.Module) -> list[nn.Module]:
@@ -102,18 +122,22 @@ def arena_of(modules: list[nn.Module]) -> PlainArena:
 @contextmanager
 def open_stack(arena: PlainArena, num_layers: int, options: StackOptions) -> Iterator[ExpertStack]:
     """Slots, cache and transfer engine over the arena; checks the cache's integrity at the end."""
-    geometry = CacheGeometry(num_layers, arena.num_experts, options.slots_per_layer, arena.layout.blob_nbytes)
+    geometry = CacheGeometry(
+        num_layers, arena.num_experts, options.slots_per_layer, arena.layout.blob_nbytes, options.experts_per_token
+    )
     device = options.device
     slots_SB = device.allocate_slots(num_layers * options.slots_per_layer, arena.layout.blob_stride_nbytes)
     ledger = StepLedger()
     recorder = StepRecorder(ledger, CacheMetrics.register(CollectorRegistry()), device.take_compute_stall_s)
     recorder.begin()
-    policy = CachePolicy(eviction_named(options.eviction), options.serial)
-    with TransferEngine(
-        device.open_link, ChunkSettings(options.chunk_nbytes, options.max_chunks_in_flight)
-    ) as transfers:
-        expert_cache = ExpertCache(slots_SB, geometry, device, transfers, arena.address, policy)
-        yield ExpertStack(arena, expert_cache, transfers, ledger, recorder, slots_SB)
+    policy = options.schedule()
+    hints = HintInbox()
+    observer = LayerObserver(num_layers, device, ())
+    with TransferEngine(device.open_link, policy.chunk_settings(arena.layout.blob_nbytes)) as transfers:
+        surroundings = CacheSurroundings(device, transfers, arena.address, hints)
+        expert_cache = ExpertCache([row.data_ptr() for row in slots_SB], geometry, policy, surroundings)
+        ledger.listeners = (observer.begin_step, expert_cache.begin_step)
+        yield ExpertStack(arena, expert_cache, transfers, ledger, recorder, slots_SB, hints, observer)
         expert_cache.check_integrity()
 
 
@@ -127,7 +151,7 @@ def served_by_promoe(model: PreTrainedModel, options: StackOptions) -> Iterator[
     with open_stack(arena, len(modules), options) as stack:
         weights = [ExpertWeights(row, arena.layout) for row in stack.slots_SB]
         for layer, module in enumerate(modules):
-            install(module, MoeForward(layer, weights, stack.expert_cache, stack.recorder))
+            install(module, MoeForward(layer, weights, stack.expert_cache, stack.recorder, stack.observer))
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
         try:
             yield stack

@@ -5,15 +5,17 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compute_node.device.cpu import CpuDevice
-from compute_node.eviction import EVICTIONS, SlotHistory, eviction_named, lfu, lru
+from compute_node.eviction import EVICTIONS, eviction_named
 from compute_node.expert_cache import LayerOccupancy
 from promoe.errors import Unavailable
+from promoe.hint import IdArray
 from promoe.ids import ExpertId
 from promoe.model_spec import Dtype, ExpertLayout
 from tests.compute_node.expert_stack import ExpertStack, PlainArena, StackOptions, open_stack
@@ -40,10 +42,15 @@ def stack(slots: int, **options: object) -> Iterator[ExpertStack]:
         yield opened
 
 
+def ids(needed: list[int]) -> IdArray:
+    """One token's routing."""
+    return np.array([needed], np.uint16)
+
+
 def use(opened: ExpertStack, layer: int, needed: list[int]) -> tuple[tuple[int, ...], list[int]]:
     """One layer's step; checks the bytes of every slot handed out. Returns (hits, order of arrival)."""
     arrived: list[int] = []
-    with opened.expert_cache.acquire(layer, needed) as acquisition:
+    with opened.expert_cache.acquire(layer, needed, ids(needed)) as acquisition:
         for expert, slot_index in opened.expert_cache.arrivals(acquisition):
             held = bytes(opened.slots_SB[slot_index][: LAYOUT.blob_nbytes].numpy().tobytes())
             assert held == opened.arena.bytes_of(ExpertId(layer, expert)), "a slot holds the expert it is handed out as"
@@ -111,7 +118,7 @@ def test_a_layer_that_needs_more_than_its_slots_is_streamed() -> None:
         assert (hits, arrived) == ((), [4, 2, 0, 5])
         hits, arrived = use(opened, 0, [3, 5, 1])
         assert (hits, arrived) == ((5,), [5, 3, 1]), "what is resident is used before it gives way"
-        assert opened.expert_cache.counters[0].evictions == 3 + 2
+        assert opened.expert_cache.evictions[0] == 3 + 2
 
 
 def test_warming_fills_every_slot_and_counts_nothing() -> None:
@@ -138,7 +145,7 @@ def test_compute_that_fails_in_the_middle_leaves_no_pins() -> None:
     with stack(2) as opened:
 
         def compute_and_fail() -> None:
-            with opened.expert_cache.acquire(0, [0, 1, 2, 3]) as acquisition:
+            with opened.expert_cache.acquire(0, [0, 1, 2, 3], ids([0, 1, 2, 3])) as acquisition:
                 next(opened.expert_cache.arrivals(acquisition))
                 raise ZeroDivisionError
 
@@ -202,7 +209,7 @@ def test_retirement_waits_for_the_layer_that_computes_with_the_blob() -> None:
             done.set()
 
         retirer = threading.Thread(target=retire)
-        with opened.expert_cache.acquire(0, [1]) as acquisition:
+        with opened.expert_cache.acquire(0, [1], ids([1])) as acquisition:
             for _ in opened.expert_cache.arrivals(acquisition):
                 retirer.start()
                 assert not done.wait(0.05), "the blob is being computed with"
@@ -214,17 +221,10 @@ def test_retirement_waits_for_the_layer_that_computes_with_the_blob() -> None:
 def test_integrity_is_checked_for_real() -> None:
     with stack(2) as opened:
         use(opened, 0, [1])
-        slot = opened.expert_cache._slot_of[0].pop(1)
-        with pytest.raises(AssertionError, match="the index of layer 0"):
+        slot = opened.expert_cache._table._slot_of[0].pop(1)
+        with pytest.raises(AssertionError, match="the index finds L0E1"):
             opened.expert_cache.check_integrity()
-        opened.expert_cache._slot_of[0][1] = slot
-
-
-def test_policies_choose_by_their_own_measure() -> None:
-    often_but_old = SlotHistory(ExpertId(0, 1), last_use=1, num_uses=9)
-    rare_but_new = SlotHistory(ExpertId(0, 2), last_use=5, num_uses=1)
-    assert lru([rare_but_new, often_but_old]) is often_but_old
-    assert lfu([often_but_old, rare_but_new]) is rare_but_new
+        opened.expert_cache._table._slot_of[0][1] = slot
 
 
 def test_an_unknown_policy_is_refused_with_the_table() -> None:

@@ -107,7 +107,7 @@ def through_slots(module: nn.Module, options: StackOptions) -> Iterator[Callable
     arena = arena_of([module])
     with open_stack(arena, 1, options) as stack:
         weights = [ExpertWeights(row, arena.layout) for row in stack.slots_SB]
-        install(module, MoeForward(0, weights, stack.expert_cache, stack.recorder))
+        install(module, MoeForward(0, weights, stack.expert_cache, stack.recorder, stack.observer))
         config = cast(SimpleNamespace, module.config)
         before, config._experts_implementation = config._experts_implementation, EXPERTS_IMPLEMENTATION
         try:
@@ -185,7 +185,7 @@ def test_hits_are_attributed_to_phases_and_requests() -> None:
     arena = arena_of([module])
     with open_stack(arena, 1, StackOptions(slots_per_layer=NUM_EXPERTS)) as stack:
         weights = [ExpertWeights(row, arena.layout) for row in stack.slots_SB]
-        forward = MoeForward(0, weights, stack.expert_cache, stack.recorder)
+        forward = MoeForward(0, weights, stack.expert_cache, stack.recorder, stack.observer)
         hidden_TD = torch.randn(3, HIDDEN)
         ids_TK = torch.tensor([[0, 1, 2], [0, 1, 3], [0, 4, 5]])
         stack.ledger.begin_step([TokenSpan("writer", 1, Phase.DECODE), TokenSpan("reader", 2, Phase.PREFILL)])

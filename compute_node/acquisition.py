@@ -1,0 +1,31 @@
+"""One layer's use of its experts in one step."""
+
+from dataclasses import dataclass, field
+
+from compute_node.slots import Slot
+
+
+@dataclass
+class Acquisition:
+    """What was there, what had to come, and how long compute waited.
+
+    Iterate `ExpertCache.arrivals` once, inside `ExpertCache.acquire`.
+
+    Attributes:
+        hits: needed experts that were READY when the routing became known.
+        misses: the others, in the order they are loaded.
+        stall_s: time the engine thread waited for loads.
+        loaded_nbytes: bytes asked from the transfer engine when the routing was known.
+        late: those of `misses` whose load was under way.
+        late_stall_s: the part of `stall_s` that was spent on `late`.
+        pinned: slots by expert; the cache's business.
+    """
+
+    layer: int
+    hits: tuple[int, ...]
+    misses: tuple[int, ...]
+    stall_s: float = 0.0
+    loaded_nbytes: int = 0
+    late: tuple[int, ...] = ()
+    late_stall_s: float = 0.0
+    pinned: dict[int, Slot] = field(default_factory=dict)

@@ -1,0 +1,297 @@
+"""Loads experts before they are needed: which, in what order, and how many the link can still carry.
+
+Owned by the engine thread; the expert cache calls it whenever it looks around. Only a shallow queue is handed to the
+link, what it carries until the next look, so that better knowledge can still change the order.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from compute_node.expert_history import ExpertHistory
+from compute_node.hint_book import ComingVisit, HintBook
+from compute_node.loads import Load, LoadState, Transfers
+from compute_node.pace import Pace
+from compute_node.prefetch_counters import PrefetchCounters
+from compute_node.prefetch_worth import PrefetchWorth
+from compute_node.schedule import HintUse, SchedulePolicy
+from compute_node.slots import Slot, SlotState, SlotTable
+from promoe.errors import Unavailable
+from promoe.ids import ExpertId
+from promoe.trace_events import LoadReason
+
+HORIZON_LAYERS: Final = 8
+"""Hints for visits further away only protect slots."""
+
+STREAM_LAYERS: Final = 2
+"""How many layers of a prefill are loaded ahead."""
+
+LEAST_PROBABILITY: Final = 0.15
+"""Less likely experts are not prefetched, however idle the link is: a chunk of theirs may hold up a demand load."""
+
+LEAST_STREAMED_PROBABILITY: Final = 0.5
+FEWEST_QUEUED_BLOBS: Final = 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An expert that may be loaded for a coming visit. The smallest rank is loaded first."""
+
+    expert: ExpertId
+    probability: float
+    rank: float
+    reason: LoadReason
+
+
+class Prefetcher:
+    """Turns hints into loads.
+
+    Args:
+        policy: whether, and how.
+        table: the slots.
+        history: how likely experts are needed, hints included.
+        transfers: moves the loads.
+        new_load: makes a load of an expert into a slot; raises Unavailable when its blob is withdrawn.
+    """
+
+    def __init__(
+        self,
+        policy: SchedulePolicy,
+        table: SlotTable,
+        history: ExpertHistory,
+        transfers: Transfers,
+        new_load: Callable[[ExpertId, Slot], Load],
+    ) -> None:
+        self._policy = policy
+        self._table = table
+        self._history = history
+        self._transfers = transfers
+        self._new_load = new_load
+        self._blob_nbytes = table.geometry.blob_nbytes
+        # Only estimates of the next use can be compared between what comes and what goes.
+        self._weighs_victims = policy.eviction == "next_use"
+        self.book = HintBook(table.geometry.num_layers)
+        self.pace = Pace()
+        self.worth = PrefetchWorth(table.geometry.num_layers)
+        self.counters = PrefetchCounters()
+        self.is_prefill = False
+        self._loading: dict[ExpertId, Slot] = {}
+        table.on_given_up = self.given_up
+
+    @property
+    def num_loading(self) -> int:
+        """Loads that nobody waits for."""
+        return len(self._loading)
+
+    def arrivals(self) -> Iterator[Slot]:
+        """Slots whose load has come to an end since the last look; the caller settles their states."""
+        if not self._loading:
+            return
+        for expert, slot in list(self._loading.items()):
+            load = slot.load
+            assert load is not None, "a slot is LOADING as long as its load is watched"
+            if load.has_arrived or load.state is LoadState.FAILED:
+                del self._loading[expert]
+                yield slot
+
+    def needed(self, slot: Slot) -> None:
+        """A slot's expert is routed: if it was loaded ahead, that has paid."""
+        if not slot.is_speculative or slot.expert is None:
+            return
+        slot.is_speculative = False
+        is_late = slot.state is SlotState.LOADING
+        if slot.is_streamed:
+            return
+        self.worth.gained(slot.expert.layer, is_late)
+        if is_late:
+            self.counters.late_nbytes += self._blob_nbytes
+        else:
+            self.counters.useful_nbytes += self._blob_nbytes
+
+    def urge(self, slot: Slot) -> None:
+        """Compute waits for a slot that is LOADING: its load becomes a demand load, or goes on as one."""
+        assert slot.expert is not None, "a LOADING slot has an expert"
+        assert slot.load is not None, "a LOADING slot has a load"
+        self._loading.pop(slot.expert, None)
+        if slot.load.state is LoadState.PAUSED:
+            slot.load.reason = LoadReason.DEMAND
+            self._transfers.submit([slot.load])
+        else:
+            self._transfers.promote(slot.load)
+
+    def drop_unneeded(self, layer: int) -> None:
+        """The layer's routing is known and what it needs is pinned: the rest of its prefetches stop (ProMoE §5)."""
+        stale = [slot for expert, slot in self._loading.items() if expert.layer == layer and slot.pins == 0]
+        if stale:
+            self.stop(stale)
+
+    def stop(self, slots: Sequence[Slot]) -> None:
+        """Takes loads off the queue; what has come of them stays in the slots, which can be given up."""
+        self._transfers.pause([slot.load for slot in slots if slot.load is not None])
+        for slot in slots:
+            assert slot.expert is not None, "a LOADING slot has an expert"
+            self._loading.pop(slot.expert, None)
+            load = slot.load
+            assert load is not None, "a LOADING slot has a load"
+            if load.state is LoadState.PAUSED and load.copied_nbytes == 0:
+                self._table.forget(slot)
+            else:
+                self._table.update(slot)
+
+    def given_up(self, slot: Slot) -> None:
+        """The slot loses its expert."""
+        if not slot.is_speculative or slot.expert is None:
+            return
+        moved_nbytes = self._blob_nbytes if slot.load is None else slot.load.copied_nbytes
+        if not slot.is_streamed:
+            self.counters.wasted_nbytes += moved_nbytes
+            self.worth.wasted(slot.expert.layer, moved_nbytes / self._blob_nbytes, self.pace.link_busy_share)
+
+    def steal(self, layer: int) -> Slot | None:
+        """A slot for a demand load where everything else is pinned: the prefetch that is wanted last gives way."""
+        mine = [slot for slot in self._loading.values() if slot.pins == 0]
+        for slot in sorted(mine, key=lambda slot: slot.load.rank if slot.load is not None else 0.0, reverse=True):
+            self.stop([slot])
+            taken = self._table.take(layer)
+            if taken is not None:
+                return taken
+        return None
+
+    def top_up(self) -> None:
+        """Hands the link what it can carry until the next look."""
+        queued_nbytes = self._transfers.queued_nbytes()
+        self.pace.looked_at_link(queued_nbytes > 0)
+        room_nbytes = self._room_nbytes() - queued_nbytes
+        if room_nbytes <= 0:
+            return
+        for candidate in self._candidates():
+            if not self._start(candidate):
+                continue
+            room_nbytes -= self._blob_nbytes
+            if room_nbytes <= 0:
+                return
+
+    def _room_nbytes(self) -> float:
+        rate, layer_s = self._transfers.link_bytes_per_s(), self.pace.layer_s
+        until_next_look_nbytes = rate * layer_s if rate is not None and layer_s is not None else 0.0
+        return max(FEWEST_QUEUED_BLOBS * self._blob_nbytes, until_next_look_nbytes + self._blob_nbytes)
+
+    def _candidates(self) -> Iterator[Candidate]:
+        """In the order they should be loaded."""
+        if self.is_prefill:
+            if self._policy.stream_prefill:
+                yield from self._next_layers()
+        elif self._policy.hints is HintUse.TOP:
+            yield from self._heads()
+        elif self._policy.hints is HintUse.BUDGETED:
+            yield from self._affordable()
+
+    def _next_layers(self) -> Iterator[Candidate]:
+        """What the next layers of a prefill will need: nearly everything, likeliest first."""
+        history = self._history
+        for distance in range(1, STREAM_LAYERS + 1):
+            layer = history.layer + distance
+            if layer >= history.num_layers:
+                return
+            probability_E = history.next_probability_LE[layer]
+            for expert in np.argsort(-probability_E, kind="stable").tolist():
+                probability = float(probability_E[expert])
+                if probability < LEAST_STREAMED_PROBABILITY:
+                    break
+                yield Candidate(ExpertId(layer, expert), probability, float(distance), LoadReason.STREAM)
+
+    def _heads(self) -> Iterator[Candidate]:
+        """The heads of the hints, layer by layer."""
+        for visit in self.book.coming(HORIZON_LAYERS):
+            hint = visit.hint
+            num = min(hint.num_expected, self._table.geometry.slots_per_layer)
+            for place, expert in enumerate(hint.experts[:num].tolist()):
+                rank = self._rank(visit, place / self._history.num_experts)
+                yield Candidate(ExpertId(visit.layer, expert), float(hint.scores[place]), rank, LoadReason.PREFETCH)
+
+    def _affordable(self) -> Iterator[Candidate]:
+        """The likeliest experts that the link can carry in time: jobs of one size with deadlines and profits.
+
+        Taken by probability; one is left out when, with it, more would have to be carried before some visit than can.
+        """
+        wanted: list[tuple[float, int, ComingVisit, int]] = []
+        for visit in self.book.coming(HORIZON_LAYERS):
+            if not self.worth.is_on(visit.layer):
+                continue
+            hint = visit.hint
+            for expert, score in zip(hint.experts.tolist(), hint.scores.tolist(), strict=True):
+                if score < LEAST_PROBABILITY:
+                    break
+                slot = self._table.find(visit.layer, expert)
+                if slot is None or (slot.load is not None and slot.load.state is LoadState.PAUSED):
+                    wanted.append((-score, visit.distance, visit, expert))
+        if not wanted:
+            return
+        wanted.sort(key=lambda want: want[:2])
+        num_by_distance = [0] * (HORIZON_LAYERS + 1)
+        affordable = [self._num_carried(distance) for distance in range(HORIZON_LAYERS + 1)]
+        chosen: list[Candidate] = []
+        for minus_score, distance, visit, expert in wanted:
+            num_by_distance[distance] += 1
+            carried = 0
+            for until in range(1, HORIZON_LAYERS + 1):
+                carried += num_by_distance[until]
+                if until >= distance and carried > affordable[until]:
+                    num_by_distance[distance] -= 1
+                    break
+            else:
+                rank = self._rank(visit, 1 + minus_score)
+                chosen.append(Candidate(ExpertId(visit.layer, expert), -minus_score, rank, LoadReason.PREFETCH))
+        chosen.sort(key=lambda candidate: candidate.rank)
+        yield from chosen
+
+    def _num_carried(self, distance: int) -> float:
+        """Experts that the link carries before the visit, beside what is queued for earlier ones."""
+        rate, layer_s = self._transfers.link_bytes_per_s(), self.pace.layer_s
+        if rate is None or layer_s is None:
+            return FEWEST_QUEUED_BLOBS
+        # A chunk is worth moving even if the rest is late: never less than one expert.
+        return max(1.0, distance * layer_s * rate / self._blob_nbytes)
+
+    def _rank(self, visit: ComingVisit, fraction: float) -> float:
+        """Visits in the order they will happen; within one by `fraction`, from 0 to 1."""
+        return self.book.step * self._history.num_layers + self.book.layer + visit.distance + 0.999 * fraction
+
+    def _start(self, candidate: Candidate) -> bool:
+        """False when the expert is there already, or no slot is worth less."""
+        expert = candidate.expert
+        slot = self._table.find(*expert)
+        if slot is not None:
+            load = slot.load
+            if load is None or load.state is not LoadState.PAUSED or slot.pins:
+                return False
+            load.reason, load.rank = candidate.reason, candidate.rank
+        else:
+            taken = self._table.take(expert.layer, self._worth_of(expert))
+            if taken is None:
+                return False
+            try:
+                load = self._new_load(expert, taken)
+            except Unavailable:
+                self._table.give_back(taken)
+                return False
+            load.reason, load.rank = candidate.reason, candidate.rank
+            self._table.place(taken, load)
+            self._history.loaded(expert.layer, expert.expert, is_needed=False)
+            slot = taken
+        slot.is_speculative = True
+        slot.is_streamed = candidate.reason is LoadReason.STREAM
+        if slot.is_streamed:
+            self.counters.streamed_nbytes += self._blob_nbytes - load.copied_nbytes
+        self._loading[expert] = slot
+        self._transfers.submit([load])
+        self._table.update(slot)
+        return True
+
+    def _worth_of(self, expert: ExpertId) -> float | None:
+        if not self._weighs_victims:
+            return None
+        layers = slice(expert.layer, expert.layer + 1)
+        return -float(self._history.layers_until_use(layers)[0, expert.expert])

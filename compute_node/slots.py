@@ -1,0 +1,247 @@
+"""The slots: which holds what, in which state, and which gives way. Knows no threads, no link and no tensors.
+
+            load submitted             arrived
+    FREE ───────────────────► LOADING ─────────► READY
+     ▲                           │                 │
+     └── given up, load failed ──┴──── evicted ────┘
+
+A pinned slot is never given up. Experts are immutable, so eviction is forgetting. A LOADING slot whose load is paused
+keeps the bytes that have come, and may be given up like a READY one.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from compute_node.device.seam import CopyTicket
+from compute_node.eviction import Scores
+from compute_node.loads import Load, LoadState
+from compute_node.schedule import SlotSplit
+from promoe.ids import ExpertId
+
+
+@dataclass(frozen=True)
+class CacheGeometry:
+    """Sizes of an expert cache."""
+
+    num_layers: int
+    num_experts: int
+    slots_per_layer: int
+    blob_nbytes: int
+    experts_per_token: int
+
+    @property
+    def cache_rate(self) -> float:
+        """Device slots divided by all experts."""
+        return self.slots_per_layer / self.num_experts
+
+    @property
+    def num_slots(self) -> int:
+        """Over all layers."""
+        return self.num_layers * self.slots_per_layer
+
+
+class SlotState(Enum):
+    """See the module's diagram."""
+
+    FREE = "free"
+    LOADING = "loading"
+    READY = "ready"
+
+
+@dataclass(eq=False)
+class Slot:
+    """One expert-sized buffer on the device.
+
+    Attributes:
+        index: row of the slots tensor.
+        address: of the row, on the device.
+        last_compute: compute that may still read it.
+        expert: what it holds, or will hold; None when FREE.
+        load: on its way; None when READY or FREE.
+        pins: acquisitions that use it.
+        doomed: its blob was retired, or its load failed, while it was in use; it is given up at its release.
+        is_speculative: loaded before anybody needed it, and not needed yet.
+        is_streamed: it was loaded as the next layer of a prefill, not for a hint.
+    """
+
+    index: int
+    address: int
+    last_compute: CopyTicket
+    state: SlotState = SlotState.FREE
+    expert: ExpertId | None = None
+    load: Load | None = None
+    pins: int = 0
+    doomed: bool = False
+    is_speculative: bool = False
+    is_streamed: bool = False
+
+
+class SlotTable:
+    """All slots of a cache.
+
+    Args:
+        addresses: of the slots, on the device.
+        geometry: the cache's sizes.
+        split: whether a layer may use another's slots.
+        score: of the experts of some layers, (layers, E): what is worth least is given up first.
+        idle: a mark of compute that is done.
+
+    Attributes:
+        evictions: by the layer of the expert that was given up for another.
+        on_given_up: told of every slot before it is forgotten.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[int],
+        geometry: CacheGeometry,
+        split: SlotSplit,
+        score: Callable[[slice], Scores],
+        idle: CopyTicket,
+    ) -> None:
+        assert len(addresses) == geometry.num_slots, "every layer has its slots"
+        self.geometry = geometry
+        self.slots = [Slot(index, address, idle) for index, address in enumerate(addresses)]
+        self._split = split
+        self._score = score
+        num_pools = geometry.num_layers if split is SlotSplit.LAYER else 1
+        share = len(self.slots) // num_pools
+        self._free = [self.slots[pool * share : (pool + 1) * share][::-1] for pool in range(num_pools)]
+        self._slot_of: list[dict[int, Slot]] = [{} for _ in range(geometry.num_layers)]
+        self._may_go_LE = np.zeros((geometry.num_layers, geometry.num_experts), dtype=bool)
+        self.evictions = Counter[int]()
+        self.on_given_up: Callable[[Slot], None] = lambda slot: None
+
+    def find(self, layer: int, expert: int) -> Slot | None:
+        """The slot that holds the expert, or is being loaded with it."""
+        return self._slot_of[layer].get(expert)
+
+    def held(self, layer: int) -> list[Slot]:
+        """The layer's slots that are not FREE."""
+        return list(self._slot_of[layer].values())
+
+    def take(self, layer: int, worth: float | None = None) -> Slot | None:
+        """A FREE slot for an expert of this layer, or one that is given up for it; None when there is none.
+
+        Args:
+            layer: whose expert it is for.
+            worth: of the expert by the eviction's scores: only what is worth less is given up. None: anything.
+        """
+        pool = layer if self._split is SlotSplit.LAYER else 0
+        if self._free[pool]:
+            return self._free[pool].pop()
+        layers = slice(layer, layer + 1) if self._split is SlotSplit.LAYER else slice(0, self.geometry.num_layers)
+        may_go_LE = self._may_go_LE[layers]
+        if not may_go_LE.any():
+            return None
+        scores_LE = np.where(may_go_LE, self._score(layers), np.inf)
+        place = int(scores_LE.argmin())
+        if worth is not None and scores_LE.flat[place] >= worth:
+            return None
+        victim = ExpertId(layers.start + place // self.geometry.num_experts, place % self.geometry.num_experts)
+        slot = self._slot_of[victim.layer][victim.expert]
+        self.forget(slot)
+        self.evictions[victim.layer] += 1
+        return self._free[pool].pop()
+
+    def place(self, slot: Slot, load: Load) -> None:
+        """A FREE slot that was taken begins to be loaded."""
+        expert = load.expert
+        assert slot.state is SlotState.FREE, "only a FREE slot is loaded"
+        assert expert.expert not in self._slot_of[expert.layer], "an expert is in one slot"
+        slot.state, slot.expert, slot.load = SlotState.LOADING, expert, load
+        self._slot_of[expert.layer][expert.expert] = slot
+
+    def give_back(self, slot: Slot) -> None:
+        """A slot that was taken and not placed is FREE again."""
+        assert slot.state is SlotState.FREE, "only an unused slot is given back"
+        self._free[self._pool_of(slot)].append(slot)
+
+    def arrived(self, slot: Slot) -> None:
+        """Its load is over."""
+        slot.state, slot.load = SlotState.READY, None
+        self.update(slot)
+
+    def forget(self, slot: Slot) -> None:
+        """The slot is FREE."""
+        assert slot.expert is not None, "a FREE slot holds nothing to forget"
+        assert slot.pins == 0, "a pinned slot is never given up"
+        self.on_given_up(slot)
+        del self._slot_of[slot.expert.layer][slot.expert.expert]
+        self._may_go_LE[slot.expert] = False
+        slot.state, slot.expert, slot.load = SlotState.FREE, None, None
+        slot.doomed = slot.is_speculative = False
+        self._free[self._pool_of(slot)].append(slot)
+
+    def fill(self, resident: Sequence[int]) -> None:
+        """Puts experts into slots that are all FREE, without loading them: for replays.
+
+        Args:
+            resident: per slot `layer * num_experts + expert`, or -1.
+        """
+        free = {slot.index for pool in self._free for slot in pool}
+        assert len(free) == len(self.slots), "only an unused table is filled"
+        for slot, number in zip(self.slots, resident, strict=True):
+            if number >= 0:
+                expert = ExpertId(*divmod(number, self.geometry.num_experts))
+                slot.state, slot.expert = SlotState.READY, expert
+                self._slot_of[expert.layer][expert.expert] = slot
+                self._free[self._pool_of(slot)].remove(slot)
+                self.update(slot)
+
+    def pin(self, slot: Slot) -> None:
+        """Somebody uses it."""
+        assert slot.expert is not None, "only a slot that holds an expert is pinned"
+        slot.pins += 1
+        self._may_go_LE[slot.expert] = False
+
+    def unpin(self, slot: Slot) -> None:
+        """Undoes one `pin`; a doomed slot is forgotten with the last."""
+        slot.pins -= 1
+        assert slot.pins >= 0, "pins are released once"
+        if slot.pins == 0:
+            if slot.doomed:
+                self.forget(slot)
+            else:
+                self.update(slot)
+
+    def update(self, slot: Slot) -> None:
+        """Notes whether the slot may be given up; call it when its load was paused or goes on."""
+        assert slot.expert is not None, "a FREE slot is not given up"
+        is_still = slot.state is SlotState.READY or (slot.load is not None and slot.load.state is LoadState.PAUSED)
+        self._may_go_LE[slot.expert] = is_still and slot.pins == 0
+
+    def states_LE(self) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
+        """By layer and expert: 1 resident, 2 loading, 0 neither."""
+        states_LE = np.zeros(self._may_go_LE.shape, np.uint8)
+        for slot in self.slots:
+            if slot.expert is not None:
+                states_LE[slot.expert] = 1 if slot.state is SlotState.READY else 2
+        return states_LE
+
+    def check_integrity(self) -> None:
+        """Asserts what must hold at any time; called after each test."""
+        free = [slot for pool in self._free for slot in pool]
+        assert len({slot.index for slot in free}) == len(free), "a slot is FREE once"
+        for slot in self.slots:
+            assert (slot in free) == (slot.state is SlotState.FREE), f"slot {slot.index} is in the list of FREE ones"
+            assert (slot.state is SlotState.FREE) == (slot.expert is None), "only FREE slots hold nothing"
+            assert (slot.state is SlotState.LOADING) == (slot.load is not None), "only LOADING slots have a load"
+            assert slot.pins == 0 or slot.expert is not None, "only what holds an expert is pinned"
+            if slot.expert is not None:
+                assert self.find(*slot.expert) is slot, f"the index finds {slot.expert} in slot {slot.index}"
+                may_go = bool(self._may_go_LE[slot.expert])
+                assert not (may_go and slot.pins), f"slot {slot.index} is pinned and cannot be given up"
+                assert may_go or slot.pins or slot.state is SlotState.LOADING, f"slot {slot.index} can be given up"
+        for layer, held in enumerate(self._slot_of):
+            for expert, slot in held.items():
+                assert slot.expert == ExpertId(layer, expert), f"the index says what slot {slot.index} holds"
+                assert self._split is SlotSplit.GLOBAL or self._pool_of(slot) == layer, "slots keep to their layer"
+        assert int(self._may_go_LE.sum()) <= len(self.slots), "only what is in a slot can be given up"
+
+    def _pool_of(self, slot: Slot) -> int:
+        return slot.index // self.geometry.slots_per_layer if self._split is SlotSplit.LAYER else 0
