@@ -30,8 +30,8 @@ from compute_node.expert_path import ExpertPath
 from compute_node.memory_plan import MemoryPlan
 from compute_node.model_loader import LoadedModel
 from compute_node.moe_forward import EXPERTS_IMPLEMENTATION, register_experts_function
+from compute_node.replay.belady import HitCount, Visit, belady
 from compute_node.step_ledger import Phase, StepLedger, TokenSpan
-from tests.bench.belady import HitCount, RoutedStep, belady
 from tests.bench.decode_loop import Conversation, Timing, decode, recorded_routing, zipf_conversation
 from tests.bench.link_rates import (
     LinkSettings,
@@ -128,7 +128,7 @@ class Sweep:
         self.loaded.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
         return decode(self.loaded.model, conversation, node.mark)
 
-    def row(self, rate: float, link: LinkSettings, steps: list[list[RoutedStep]], peak: float) -> dict[str, object]:
+    def row(self, rate: float, link: LinkSettings, steps: list[list[Visit]], peak: float) -> dict[str, object]:
         """One cache rate, taking turns with all resident."""
         node = CountedNode(self.loaded, self.arena, self.device, rate, link)
         with node.path.transfers:
@@ -141,14 +141,14 @@ class Sweep:
 
 
 def _figures(
-    node: CountedNode, pairs: list[tuple[Timing, Timing]], steps: list[list[RoutedStep]], peak: float
+    node: CountedNode, pairs: list[tuple[Timing, Timing]], steps: list[list[Visit]], peak: float
 ) -> dict[str, object]:
     resident = Sample(tuple(token_s for pair in pairs for token_s in pair[0].token_s))
     cached = Sample(tuple(token_s for pair in pairs for token_s in pair[1].token_s))
     decode_counters = node.recorder.phases[Phase.DECODE]
     geometry = node.path.expert_cache.geometry
     num_tokens = len(cached.values)
-    optimum = sum((belady(layer, node.slots, frozenset(range(node.slots))) for layer in steps), HitCount(0, 0))
+    optimum = sum((belady(layer, node.slots, range(node.slots)).decode for layer in steps), HitCount(0, 0))
     belady_nbytes = optimum.misses * geometry.blob_nbytes / num_tokens
     stall_s = decode_counters.stall_s
     return {

@@ -18,9 +18,9 @@ from typing import Final
 import torch
 
 from compute_node.config import ComputeConfig, DeviceChoice
+from compute_node.replay.belady import HitCount, Visit, belady
 from promoe import Client
 from promoe.model_spec import ModelSpec
-from tests.bench.belady import HitCount, RoutedStep, belady
 from tests.bench.demo_model import PROMPTS, chat, demo_pack
 from tests.bench.report import RESULTS, Sample, out_argument, write_report
 from tests.bench.sweep_plot import plot_sweep
@@ -97,7 +97,7 @@ def open_nodes(pack_dir: Path, num_threads: int, link_bytes_per_s: float | None)
         yield nodes
 
 
-def record_routing(pack_dir: Path, prompts: Sequence[str], num_tokens: int) -> tuple[ModelSpec, list[list[RoutedStep]]]:
+def record_routing(pack_dir: Path, prompts: Sequence[str], num_tokens: int) -> tuple[ModelSpec, list[list[Visit]]]:
     """Every layer's routing of the chats, one after the other, from a node in this process; unmeasured."""
     with (
         tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder,
@@ -112,7 +112,7 @@ def record_routing(pack_dir: Path, prompts: Sequence[str], num_tokens: int) -> t
         )
         with NodeThread(config) as node, Client(node.endpoint) as client:
             modules = node.node.experts_modules
-            steps: list[list[RoutedStep]] = [[] for _ in modules]
+            steps: list[list[Visit]] = [[] for _ in modules]
             for layer, module in enumerate(modules):
                 module.register_forward_pre_hook(partial(_note_routing, steps[layer]))
             for prompt in prompts:
@@ -120,9 +120,9 @@ def record_routing(pack_dir: Path, prompts: Sequence[str], num_tokens: int) -> t
             return node.node.spec, steps
 
 
-def _note_routing(steps: list[RoutedStep], module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+def _note_routing(steps: list[Visit], module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
     ids_TK = arguments[1]
-    steps.append(RoutedStep(frozenset(ids_TK.reshape(-1).tolist()), ids_TK.shape[0] == 1))
+    steps.append(Visit(frozenset(ids_TK.reshape(-1).tolist()), ids_TK.shape[0] == 1))
 
 
 def sweep(
@@ -187,12 +187,12 @@ def print_table(title: str, rows: Sequence[dict[str, object]]) -> None:
         )
 
 
-def optimum_of(steps: list[list[RoutedStep]], spec: ModelSpec) -> dict[float, HitCount]:
+def optimum_of(steps: list[list[Visit]], spec: ModelSpec) -> dict[float, HitCount]:
     """Belady over all layers, for every rate; each layer starts with the experts it is warmed with."""
     counts: dict[float, HitCount] = {}
     for rate in CACHE_RATES:
         slots = round(rate * spec.num_experts)
-        layers = [belady(layer, slots, frozenset(range(slots))) for layer in steps]
+        layers = [belady(layer, slots, range(slots)).decode for layer in steps]
         counts[rate] = sum(layers, HitCount(0, 0))
     return counts
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from compute_node.replay.belady import Visit
 from compute_node.step_ledger import Phase
-from tests.bench.belady import RoutedStep
 
 StepMark = Callable[[Phase, int], AbstractContextManager[None]]
 """Called around each forward pass with its phase and number of tokens."""
@@ -77,14 +77,14 @@ def decode(model: PreTrainedModel, conversation: Conversation, mark: StepMark = 
 
 
 @contextmanager
-def recorded_routing(modules: tuple[nn.Module, ...]) -> Iterator[list[list[RoutedStep]]]:
+def recorded_routing(modules: tuple[nn.Module, ...]) -> Iterator[list[list[Visit]]]:
     """Within the context, every layer's distinct experts are noted step by step."""
-    steps: list[list[RoutedStep]] = [[] for _ in modules]
+    steps: list[list[Visit]] = [[] for _ in modules]
 
     def listen(layer: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def note(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             ids_TK = arguments[1]
-            steps[layer].append(RoutedStep(frozenset(ids_TK.reshape(-1).tolist()), ids_TK.shape[0] == 1))
+            steps[layer].append(Visit(frozenset(ids_TK.reshape(-1).tolist()), ids_TK.shape[0] == 1))
 
         return note
 
