@@ -43,9 +43,6 @@ from promoe.wire import SCHEMA_VERSION, check_schema, encode_spec
 logger = logging.getLogger(__name__)
 
 _MAX_RESPONSE_NBYTES: Final = 1 << 20
-_WELCOME_DEADLINE_S: Final = 5.0
-_HEALTHY_S: Final = 5.0
-"""A session that lasts so long ends what was wrong before it."""
 
 _CHANNEL_OPTIONS: Final = (
     *(option for option in CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"),
@@ -66,14 +63,20 @@ class PredictorState(Enum):
 
 
 @dataclass(frozen=True)
-class Reconnecting:
-    """How soon a predictor is looked for again: after `first_s`, then twice as long each time up to `last_s`.
+class Patience:
+    """How long a predictor is waited for, in the background.
 
-    One that misbehaved or is another model's is left alone for `last_s`.
+    Attributes:
+        first_retry_s: until it is looked for again; then twice as long each time,
+        last_retry_s: up to this. One that misbehaved or is another model's is left alone so long at once.
+        welcome_s: until it must have answered the hello.
+        settled_s: a session that lasts so long ends what was wrong before it.
     """
 
-    first_s: float = 0.1
-    last_s: float = 5.0
+    first_retry_s: float = 0.1
+    last_retry_s: float = 5.0
+    welcome_s: float = 5.0
+    settled_s: float = 5.0
 
 
 class HintClient:
@@ -83,17 +86,15 @@ class HintClient:
         endpoint: `unix:PATH` or `host:port`.
         spec: the served model.
         inbox: takes the hints that passed the checks.
-        reconnecting: how soon it tries again.
+        patience: how long it waits, and for what.
     """
 
-    def __init__(
-        self, endpoint: str, spec: ModelSpec, inbox: HintInbox, reconnecting: Reconnecting | None = None
-    ) -> None:
+    def __init__(self, endpoint: str, spec: ModelSpec, inbox: HintInbox, patience: Patience | None = None) -> None:
         self.endpoint = endpoint
         self._spec = spec
         self._inbox = inbox
-        self._reconnecting = reconnecting or Reconnecting()
-        self._retry_s = self._reconnecting.first_s
+        self._patience = patience or Patience()
+        self._retry_s = self._patience.first_retry_s
         self._info = model_pb2.ServiceInfo(
             version=version("promoe"), schema_version=SCHEMA_VERSION, instance_id=uuid4().hex
         )
@@ -196,9 +197,9 @@ class HintClient:
 
     def _delay_after(self, error: PromoeError) -> float:
         if not isinstance(error, Unavailable | DeadlineExceeded):
-            return self._reconnecting.last_s
+            return self._patience.last_retry_s
         delay_s = self._retry_s
-        self._retry_s = min(2 * delay_s, self._reconnecting.last_s)
+        self._retry_s = min(2 * delay_s, self._patience.last_retry_s)
         return delay_s
 
     def _hold_session(self) -> None:
@@ -231,7 +232,7 @@ class HintClient:
         # No deadline: a session lasts as long as both sides; keepalive notices a dead peer.
         call = predict(self._requests(pb.PredictRequest(hello=hello), session))
         self._call = call
-        unwelcome = threading.Timer(_WELCOME_DEADLINE_S, call.cancel)
+        unwelcome = threading.Timer(self._patience.welcome_s, call.cancel)
         unwelcome.start()
         try:
             self._session = session
@@ -243,8 +244,8 @@ class HintClient:
                     unwelcome.cancel()
                     self._note_connected(session)
         except grpc.RpcError as error:
-            if session.active is None and session.age_s >= _WELCOME_DEADLINE_S:
-                raise DeadlineExceeded(f"No welcome came within {_WELCOME_DEADLINE_S:g} s.") from error
+            if session.active is None and session.age_s >= self._patience.welcome_s:
+                raise DeadlineExceeded(f"No welcome came within {self._patience.welcome_s:g} s.") from error
             raise
         finally:
             unwelcome.cancel()
@@ -283,9 +284,9 @@ class HintClient:
 
     def _note_connected(self, session: HintSession) -> None:
         """Once for each time that it came back; one that misbehaved must have behaved for a while."""
-        has_settled = session.age_s >= _HEALTHY_S
+        has_settled = session.age_s >= self._patience.settled_s
         if has_settled:
-            self._retry_s = self._reconnecting.first_s
+            self._retry_s = self._patience.first_retry_s
         if self._has_connected and self._said is None:
             return
         if has_settled or self._said is None or issubclass(self._said, Unavailable | DeadlineExceeded):
@@ -298,7 +299,8 @@ class HintClient:
         if self._said is type(error):
             return
         self._said = type(error)
-        logger.warning("The predictor at %s is away: %s The expert cache only reacts.", self.endpoint, error)
+        reason = str(error).rstrip(".")
+        logger.warning("The predictor at %s is away: %s. The expert cache only reacts.", self.endpoint, reason)
 
 
 def _welcome(session: HintSession, message: pb.PredictWelcome) -> None:

@@ -25,8 +25,10 @@ QUEUE_CAPACITY: Final = 128
 
 HINTS_PER_OBSERVATION: Final = 8
 FREE_HINTS: Final = 1024
-"""How much a service may say: this many hints for each observation, with so many in advance. Reading hints takes the
-interpreter's lock away from the engine thread, so that one that floods the node is left alone for a while."""
+MOST_CREDIT: Final = 16384
+"""How much a service may say: so many hints for each observation, and the free ones in advance; credit is saved up for
+answers to what waits in the service, but not for ever. Reading hints takes the interpreter's lock away from the engine
+thread: a service that floods the node is left alone for a while."""
 
 OutgoingEvent: TypeAlias = StepStart | RequestsEnded | LayerSample
 
@@ -140,7 +142,7 @@ class HintSession:
         num_sent = self.num_sent
         earned = HINTS_PER_OBSERVATION * (num_sent - self._num_charged)
         self._num_charged = num_sent
-        self._credit = min(self._credit + earned, FREE_HINTS) - num_said
+        self._credit = min(self._credit + earned, MOST_CREDIT) - num_said
         if self._credit < 0:
             raise Overloaded(
                 f"It sent more than {FREE_HINTS} hints and {HINTS_PER_OBSERVATION} for each observation, and is left "

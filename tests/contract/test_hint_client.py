@@ -1,0 +1,499 @@
+"""The predictor's client over real sockets: whatever the service does, the engine goes on, and it is counted."""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from compute_node.device.cpu import CpuDevice
+from compute_node.hint_client import HintClient, Patience, PredictorState
+from compute_node.hint_inbox import HintInbox, ReceivedHint
+from compute_node.hint_session import FREE_HINTS, QUEUE_CAPACITY, HintTraffic
+from compute_node.layer_observer import LayerObserver
+from promoe.hint import ObservedKind, PredictorVersion, StepSpan, StepStart
+from promoe.hint_wire import decode_observation, decode_step_start
+from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
+from promoe.v1 import predictor_pb2 as pb
+from tests.running_store import wait_until
+from tests.scripted_predictor import (
+    VERSION,
+    Response,
+    Script,
+    ScriptedPredictor,
+    good_hint,
+    hints,
+    one_hint_each,
+    welcome,
+)
+
+NUM_LAYERS, NUM_EXPERTS, HIDDEN = 4, 8, 6
+SPEC = ModelSpec(
+    name="tiny",
+    family="qwen2_moe",
+    fingerprint="f" * 16,
+    num_moe_layers=NUM_LAYERS,
+    num_experts=NUM_EXPERTS,
+    experts_per_token=2,
+    hidden_size=HIDDEN,
+    vocab_size=10,
+    max_context_tokens=10,
+    layout=ExpertLayout.of(Dtype.BFLOAT16, {"w": (2, 2)}),
+)
+PATIENCE = Patience(first_retry_s=0.01, last_retry_s=0.05, welcome_s=0.3, settled_s=60.0)
+ENGINE_DEADLINE_S = 2.0
+"""For hundreds of calls that wait for nobody, on a machine that is busy."""
+
+
+class Node:
+    """The node's side: an engine thread's observer, a client and its inbox."""
+
+    def __init__(self, endpoint: str, patience: Patience = PATIENCE) -> None:
+        self.inbox = HintInbox(100_000)
+        self.client = HintClient(endpoint, SPEC, self.inbox, patience)
+        self.observer = LayerObserver(NUM_LAYERS, CpuDevice(), [self.client])
+        self.step = 0
+        self.engine_s = 0.0
+        self.received: list[ReceivedHint] = []
+
+    def run_step(self, num_tokens: int = 1, ended: tuple[str, ...] = ()) -> None:
+        """One forward pass as the engine's thread announces it; its time is added to `engine_s`."""
+        began_s = time.perf_counter()
+        self.step += 1
+        self.observer.begin_step(StepStart(self.step, (StepSpan("r", num_tokens, num_tokens > 1),), ended))
+        hidden_TD = torch.full((num_tokens, HIDDEN), float(self.step))
+        for layer in range(NUM_LAYERS):
+            self.observer.layer_input(layer, hidden_TD + layer)
+            self.observer.routed(layer, np.full((num_tokens, 2), layer), hidden_TD)
+        self.observer.last_output(hidden_TD + NUM_LAYERS)
+        self.engine_s += time.perf_counter() - began_s
+
+    def run_until(self, condition: Callable[[], bool]) -> None:
+        """Steps, until the condition holds."""
+
+        def stepped() -> bool:
+            self.run_step()
+            self.received += self.inbox.drain()
+            return condition()
+
+        wait_until(stepped)
+
+    @property
+    def is_connected(self) -> bool:
+        return self.client.state is PredictorState.CONNECTED
+
+    def wait_for_state(self, state: PredictorState) -> None:
+        wait_until(lambda: self.client.state is state)
+
+
+@contextmanager
+def node_at(endpoint: str, patience: Patience = PATIENCE) -> Iterator[Node]:
+    node = Node(endpoint, patience)
+    node.client.start()
+    try:
+        yield node
+    finally:
+        began_s = time.perf_counter()
+        node.client.close()
+        assert time.perf_counter() - began_s < ENGINE_DEADLINE_S, "closing waits for nobody"
+    assert node.engine_s < ENGINE_DEADLINE_S, "the engine's thread waits for nobody"
+    assert node.client.state is PredictorState.AWAY
+
+
+@pytest.fixture
+def endpoint(socket_dir: Path) -> str:
+    return f"unix:{socket_dir / 'p.sock'}"
+
+
+@pytest.fixture(autouse=True)
+def _told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "compute_node")
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# ---- a service that behaves
+
+
+def test_observations_go_out_and_hints_come_in(endpoint: str) -> None:
+    with ScriptedPredictor(endpoint, SPEC) as service, node_at(endpoint) as node:
+        node.wait_for_state(PredictorState.CONNECTED)
+        assert node.client.active == VERSION
+        node.run_step(num_tokens=3)
+        node.run_step(ended=("gone",))
+        wait_until(lambda: node.client.traffic.observations_sent == 10)
+        wait_until(lambda: service.requests.qsize() == 14)
+        requests = [service.requests.get() for _ in range(14)]
+        names = [request.WhichOneof("event") for request in requests]
+        expected = ["hello", "step_start", *["observation"] * 5, "requests_ended", "step_start", *["observation"] * 5]
+        assert names == expected
+        assert requests[0].hello.model.fingerprint == SPEC.fingerprint
+        assert decode_step_start(requests[1].step_start) == StepStart(1, (StepSpan("r", 3, True),))
+        for layer, request in enumerate(requests[2:7]):
+            seen = decode_observation(request.observation)
+            assert (seen.step, seen.layer, seen.rows, seen.num_tokens) == (1, layer, (0, 1, 2), 3)
+            assert seen.hidden_RD is not None
+            np.testing.assert_array_equal(seen.hidden_RD, np.full((3, HIDDEN), 1.0 + layer, np.float32))
+            assert [routing.layer for routing in seen.routings] == ([layer - 1] if layer else [])
+        assert list(requests[7].requests_ended.request_ids) == ["gone"]
+        node.run_until(lambda: len(node.received) >= 10)
+        wait_until(lambda: node.client.traffic.observations_sent == 5 * node.step)
+    visits = [(r.hint.step, r.hint.layer) for r in node.received[:10]]
+    assert visits == [(1, 1), (1, 2), (1, 3), (2, 0), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 0)]
+    assert all(r.latency_s is not None and 0 < r.latency_s < 20 for r in node.received)
+    assert node.client.traffic == HintTraffic(observations_sent=5 * node.step)
+
+
+def test_rows_are_no_more_than_the_service_wants(endpoint: str) -> None:
+    def wants_two(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        next(requests)
+        yield welcome(max_rows=2)
+        yield from (b"" for _ in requests if False)
+
+    with ScriptedPredictor(endpoint, SPEC, wants_two) as service, node_at(endpoint) as node:
+        node.wait_for_state(PredictorState.CONNECTED)
+        node.run_step(num_tokens=9)
+        wait_until(lambda: service.requests.qsize() == 7)
+        assert {tuple(seen.rows) for seen in service.observations()} == {(7, 8)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wants_routing", "layers"),
+    [
+        (ObservedKind.ROUTER_INPUT, True, [(0, [0]), (1, [1]), (2, [2]), (3, [3])]),
+        (ObservedKind.NONE, True, [(0, [0]), (1, [1]), (2, [2]), (3, [3])]),
+        (ObservedKind.LAYER_INPUT, False, [(0, []), (1, []), (2, []), (3, []), (4, [])]),
+        (ObservedKind.NONE, False, []),
+    ],
+)
+def test_a_version_sees_what_it_asks_for(
+    endpoint: str, kind: ObservedKind, wants_routing: bool, layers: list[tuple[int, list[int]]]
+) -> None:
+    def asks(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        next(requests)
+        yield welcome(PredictorVersion("a@1", "a", kind, (1,), True, wants_routing))
+        yield from (b"" for _ in requests if False)
+
+    with ScriptedPredictor(endpoint, SPEC, asks) as service, node_at(endpoint) as node:
+        node.wait_for_state(PredictorState.CONNECTED)
+        node.run_step()
+        node.run_step()
+        wait_until(lambda: service.requests.qsize() == 3 + 2 * len(layers))
+        seen = service.observations()
+        assert [(o.layer, [routing.layer for routing in o.routings]) for o in seen] == 2 * layers
+        assert all(o.HasField("hidden") == (kind is not ObservedKind.NONE) for o in seen)
+
+
+def test_a_new_version_takes_over_between_two_steps(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    second = PredictorVersion("scripted@2", "scripted", ObservedKind.ROUTER_INPUT, (1,), True, False)
+    third = PredictorVersion("scripted@3", "scripted", ObservedKind.LAYER_INPUT, (1,), True, False)
+    versions = iter((second, third))
+
+    def upgrades(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        next(requests)
+        yield welcome()
+        for request in requests:
+            if request.HasField("step_start") and request.step_start.step in (2, 3):
+                yield welcome(next(versions))
+            elif request.HasField("observation") and request.observation.layer == 0:
+                yield hints(
+                    good_hint(request.observation, "scripted@1"),
+                    good_hint(request.observation, "scripted@2"),
+                    good_hint(request.observation, "scripted@3"),
+                )
+
+    with ScriptedPredictor(endpoint, SPEC, upgrades) as service, node_at(endpoint) as node:
+        node.wait_for_state(PredictorState.CONNECTED)
+        for step, active in ((1, VERSION), (2, second), (3, third)):
+            node.run_step()
+            wait_until(lambda active=active: node.client.active == active)  # type: ignore[misc]
+            wait_until(lambda step=step: node.client.traffic.wrong_version + len(node.inbox._waiting) == 3 * step)  # type: ignore[misc]
+        assert service.num_sessions == 1
+    # Each version and the one before it.
+    taken = [(r.hint.step, r.hint.version[-1]) for r in node.inbox.drain()]
+    assert taken == [(1, "1"), (2, "1"), (2, "2"), (3, "2"), (3, "3")]
+    assert sum("version is" in message for message in caplog.messages) == 2
+
+
+# ---- a service that is not there
+
+
+def test_nobody_there_is_said_once_and_asked_for_again(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    with node_at(endpoint) as node:
+        for _ in range(200):
+            node.run_step()
+        node.run_until(lambda: bool(warnings_in(caplog)))
+        assert node.client.traffic == HintTraffic()
+        with ScriptedPredictor(endpoint, SPEC):
+            node.run_until(lambda: bool(node.received))
+            assert ["No such file" in message for message in warnings_in(caplog)] == [True]
+
+
+def test_killed_and_restarted_predictors_are_found_again(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    with ExitStack() as services:
+        service = services.enter_context(ScriptedPredictor(endpoint, SPEC))
+        with node_at(endpoint) as node:
+            for _ in range(3):
+                node.received.clear()
+                node.run_until(lambda: len(node.received) > 20)
+                num_sent = node.client.traffic.observations_sent
+                service.kill()
+                node.run_until(lambda: not node.is_connected)
+                assert node.client.active is None
+                assert node.client.traffic.observations_sent >= num_sent
+                service = services.enter_context(ScriptedPredictor(endpoint, SPEC))
+    assert ["is away" in message for message in warnings_in(caplog)] == [True] * 3
+    assert 3 <= sum("Connected to the predictor" in message for message in caplog.messages) <= 4
+
+
+def test_a_service_that_never_welcomes_gets_no_observations(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    stop = threading.Event()
+
+    def silent(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        stop.wait(30)
+        yield welcome()
+
+    with ScriptedPredictor(endpoint, SPEC, silent) as service, node_at(endpoint) as node:
+        node.run_until(lambda: service.num_sessions >= 3)
+        stop.set()
+        assert service.observations() == []
+        assert node.client.traffic == HintTraffic()
+    assert [message for message in warnings_in(caplog) if "No welcome came" in message] == warnings_in(caplog)[:1]
+    assert len(warnings_in(caplog)) == 1
+
+
+def test_a_service_that_stops_reading_costs_observations_only(endpoint: str) -> None:
+    go_on = threading.Event()
+
+    def stopped(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        next(requests)
+        yield welcome()
+        go_on.wait(30)
+        for request in requests:
+            if request.HasField("observation"):
+                yield hints(good_hint(request.observation))
+
+    wide = 8
+    with ScriptedPredictor(endpoint, SPEC, stopped) as service, node_at(endpoint) as node:
+        node.wait_for_state(PredictorState.CONNECTED)
+        for _ in range(1000):
+            node.run_step(num_tokens=wide, ended=(f"r{node.step}",))
+        traffic = node.client.traffic
+        assert node.is_connected
+        assert traffic.observations_dropped > 0
+        # What is in neither is waiting.
+        assert 5000 - QUEUE_CAPACITY <= traffic.observations_sent + traffic.observations_dropped <= 5000
+        go_on.set()
+        last = node.step
+        wait_until(lambda: any(r.hint.step == last for r in node.inbox.drain()))
+        told = [
+            request_id
+            for request in iter(lambda: service.requests.get() if not service.requests.empty() else None, None)
+            for request_id in request.requests_ended.request_ids
+        ]
+    assert sorted(told) == sorted(f"r{step}" for step in range(1000)), "ends are told, however late"
+
+
+# ---- a service that talks nonsense
+
+
+def nonsense(observation: pb.Observation) -> dict[str, pb.Hint]:
+    def damaged(**fields: object) -> pb.Hint:
+        hint = good_hint(observation)
+        for name, value in fields.items():
+            hint.ClearField(name)  # type: ignore[arg-type]
+            hint.MergeFrom(pb.Hint(**{name: value}))  # type: ignore[arg-type]
+        return hint
+
+    return {
+        "layer out of range": damaged(layer=NUM_LAYERS),
+        "layer far out of range": damaged(layer=2**32 - 1),
+        "expert out of range": damaged(experts=[1, 2, NUM_EXPERTS]),
+        "expert beyond 16 bits": damaged(experts=[1, 2, 2**20]),
+        "an expert twice": damaged(experts=[1, 2, 1]),
+        "NaN": damaged(scores=[0.9, float("nan"), 0.1]),
+        "infinite": damaged(scores=[float("inf"), 0.5, 0.1]),
+        "infinite twice": damaged(scores=[float("inf"), float("-inf"), 0.1]),
+        "no probability": damaged(scores=[1.5, 0.5, 0.1]),
+        "negative": damaged(scores=[0.5, 0.2, -0.1]),
+        "more experts than scores": damaged(scores=[0.5]),
+        "more scores than experts": damaged(experts=[]),
+        "too many expected": damaged(num_expected=NUM_EXPERTS + 1),
+    }
+
+
+NONSENSE = list(nonsense(pb.Observation()))
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_is_dropped_counted_and_said_once(endpoint: str, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    def garbage(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        next(requests)
+        yield welcome()
+        for request in requests:
+            if request.HasField("observation") and request.observation.layer < NUM_LAYERS - 1:
+                yield hints(nonsense(request.observation)[name], good_hint(request.observation))
+
+    with ScriptedPredictor(endpoint, SPEC, garbage), node_at(endpoint) as node:
+        node.wait_for_state(PredictorState.CONNECTED)
+        for _ in range(5):
+            node.run_step()
+        wait_until(lambda: node.client.traffic.invalid == 15)
+        node.run_until(lambda: len(node.received) >= 15)
+    assert all(r.hint.experts.tolist() == [3, 1, 2] for r in node.received)
+    assert len(warnings_in(caplog)) == 1
+    assert "A hint is dropped (invalid)" in warnings_in(caplog)[0]
+
+
+def test_hints_of_a_version_that_was_not_announced_are_dropped(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    def impostor(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        next(requests)
+        yield welcome()
+        for request in requests:
+            if request.HasField("observation"):
+                yield hints(good_hint(request.observation, "another@9"))
+
+    with ScriptedPredictor(endpoint, SPEC, impostor), node_at(endpoint) as node:
+        node.run_until(lambda: node.client.traffic.wrong_version >= 20)
+    assert node.received == []
+    assert (node.inbox.drain(), node.client.traffic.invalid) == ([], 0)
+    assert len(warnings_in(caplog)) == 1
+    assert "wrong_version" in warnings_in(caplog)[0]
+
+
+def test_a_million_hints_a_second_end_the_session(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    message = hints(*[good_hint(pb.Observation(step=1, layer=0))] * 64).SerializeToString()
+
+    def flood(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        next(requests)
+        yield welcome()
+        yield from itertools.repeat(message)
+
+    with ScriptedPredictor(endpoint, SPEC, flood) as service, node_at(endpoint) as node:
+        wait_until(lambda: service.num_sessions >= 4)
+        node.run_step()
+        num_came = len(node.inbox.drain())
+        assert 0 < num_came <= service.num_sessions * FREE_HINTS
+    # Said once, although it floods whenever it is let in again.
+    assert len(warnings_in(caplog)) == 1
+    assert "It sent more than" in warnings_in(caplog)[0]
+
+
+def test_one_enormous_message_is_a_flood(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    message = hints(*[pb.Hint(version=VERSION.version)] * (FREE_HINTS + 1))
+
+    def flood(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        next(requests)
+        yield welcome()
+        yield message
+
+    with ScriptedPredictor(endpoint, SPEC, flood), node_at(endpoint) as node:
+        node.run_until(lambda: bool(warnings_in(caplog)))
+    assert node.received == []
+    assert "It sent more than" in warnings_in(caplog)[0]
+
+
+def bytes_instead(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+    next(requests)
+    yield welcome()
+    yield b"\xff\xff\xff\xff"
+
+
+def bytes_at_once(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+    yield b"\x0a\xff"
+
+
+def too_large(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+    next(requests)
+    yield welcome()
+    yield bytes(2 << 20)
+
+
+def unknown_kind(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+    message = welcome()
+    message.welcome.active.observed = pb.OBSERVED_KIND_UNSPECIFIED
+    yield message
+
+
+def no_rows(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+    yield welcome(max_rows=0)
+
+
+def another_schema(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+    message = welcome()
+    message.welcome.service.schema_version = "99.0"
+    yield message
+
+
+def ends_at_once(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+    yield from ()
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (bytes_instead, "cannot be decoded"),
+        (bytes_at_once, "cannot be decoded"),
+        (too_large, "too large"),
+        (unknown_kind, "welcome cannot be understood"),
+        (no_rows, "wants no rows"),
+        (another_schema, "speaks schema 99.0"),
+        (ends_at_once, "ended the session"),
+    ],
+)
+def test_a_stream_that_makes_no_sense_is_ended_and_said_once(
+    endpoint: str, caplog: pytest.LogCaptureFixture, script: Script, reason: str
+) -> None:
+    with ScriptedPredictor(endpoint, SPEC, script) as service, node_at(endpoint) as node:
+        node.run_until(lambda: service.num_sessions >= 4)
+    assert [reason in message for message in warnings_in(caplog)] == [True]
+    assert node.received == []
+
+
+def test_hints_before_the_welcome_are_nobodys(endpoint: str) -> None:
+    def eager(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        yield hints(good_hint(pb.Observation(step=1)))
+        yield from one_hint_each(requests)
+
+    with ScriptedPredictor(endpoint, SPEC, eager), node_at(endpoint) as node:
+        node.wait_for_state(PredictorState.CONNECTED)
+        assert node.inbox.drain() == []
+        assert node.client.traffic.wrong_version == 1
+
+
+# ---- a service for somebody else
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        (lambda info: setattr(info.model, "fingerprint", "0" * 16), ("f" * 16, "0" * 16)),
+        (lambda info: setattr(info.service, "schema_version", "99.0"), ("speaks schema 99.0", "speaks 1.0")),
+    ],
+)
+def test_a_predictor_for_another_model_or_schema_is_refused_with_both_sides(
+    endpoint: str,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[pb.PredictorGetInfoResponse], None],
+    reasons: tuple[str, str],
+) -> None:
+    with node_at(endpoint) as node:
+        stranger = ScriptedPredictor(endpoint, SPEC)
+        change(stranger.info)
+        with stranger:
+            node.run_until(lambda: any(reasons[0] in message for message in warnings_in(caplog)))
+            assert not node.is_connected
+            assert stranger.num_sessions == 0
+        said = [message for message in warnings_in(caplog) if reasons[0] in message]
+        assert len(said) == 1
+        assert reasons[1] in said[0]
+        with ScriptedPredictor(endpoint, SPEC):
+            node.run_until(lambda: bool(node.received))
