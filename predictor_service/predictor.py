@@ -23,11 +23,13 @@ class PredictorSource:
         spec: the model whose experts are predicted.
         pack: folder of the expert pack, for the routers' weights.
         artifact: a trained artifact, or a trace for the oracle; None where none was given.
+        lookahead: in MoE layers, if one was asked for; a predictor that was trained for others is refused with it.
     """
 
     spec: ModelSpec
     pack: Path
     artifact: Path | None = None
+    lookahead: int | None = None
 
 
 class PredictorSession(Protocol):

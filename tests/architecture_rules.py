@@ -16,7 +16,8 @@ MAX_PARAMETERS: Final = 6
 
 CLI_FOLDER: Final = "proto/promoe/cli"
 BENCH_FOLDER: Final = "tests/bench"
-TORCH_FOLDERS_OF_THE_STORE: Final = ("expert_store/pack", "expert_store/demo_model")
+TORCH_FOLDERS: Final = ("expert_store/pack", "expert_store/demo_model", "predictor_service/training")
+"""The parts of torch-free services that their running processes never import."""
 
 BANNED_NAMES: Final = frozenset(
     {"utils", "util", "helpers", "helper", "common", "misc", "base", "core", "manager", "handler", "types", "cache"}
@@ -27,6 +28,9 @@ PROCESS_EDGES: Final = frozenset(
     {
         # Every RPC: a bug becomes INTERNAL and a log entry (house rule 16).
         ("proto/promoe/rpc.py", "guarded"),
+        ("proto/promoe/threaded_rpc.py", "guarded"),
+        # Every call of a predictor plug-in, which may be anybody's: it ends its session, never the service.
+        ("predictor_service/session.py", "_guarded"),
     }
 )
 """File and function of each `except Exception` that does not raise again."""
@@ -57,13 +61,13 @@ def keeps_wire_types_at_the_edge(module: SourceModule) -> Violations:
             yield f"imports {name}: wire types stop at the edge"
 
 
-def keeps_torch_out_of_the_store(module: SourceModule) -> Violations:
-    """The store computes nothing; only packing and the demo model may import torch, and the contract lazily."""
-    if module.package != "expert_store" or module.is_in(*TORCH_FOLDERS_OF_THE_STORE):
+def keeps_torch_out_of_light_services(module: SourceModule) -> Violations:
+    """The store computes nothing and the predictor little; only packing, the demo model and training import torch."""
+    if module.package not in ("expert_store", "predictor_service") or module.is_in(*TORCH_FOLDERS):
         return
     for name in module.imported_names:
         if name.partition(".")[0] in ("torch", "transformers", "accelerate"):
-            yield f"imports {name}: the store is torch-free"
+            yield f"imports {name}: {module.package} is torch-free"
 
 
 def flows_in_one_direction(module: SourceModule) -> Violations:
@@ -233,7 +237,7 @@ def _is_main_guarded(module: SourceModule, node: ast.stmt) -> bool:
 PRODUCT_RULES: Final[tuple[Rule, ...]] = (
     imports_no_other_service,
     keeps_wire_types_at_the_edge,
-    keeps_torch_out_of_the_store,
+    keeps_torch_out_of_light_services,
     flows_in_one_direction,
     reads_config_at_the_root_only,
     is_named_after_what_it_defines,

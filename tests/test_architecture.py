@@ -11,7 +11,7 @@ import pytest
 from tests import architecture_rules as rules
 from tests.source_tree import PRODUCT_FOLDERS, ROOT, SourceModule, modules_of_tests, product_modules, texts
 
-TORCH_FREE_PACKAGES: Final = ("promoe", "expert_store")
+TORCH_FREE_PACKAGES: Final = ("promoe", "expert_store", "predictor_service")
 
 BAD_SAMPLES: Final = (
     (rules.imports_no_other_service, "compute_node/a.py", "import expert_store.arena"),
@@ -19,7 +19,8 @@ BAD_SAMPLES: Final = (
     (rules.imports_no_other_service, "expert_store/a.py", "def f():\n    from compute_node.engine import Engine"),
     (rules.keeps_wire_types_at_the_edge, "compute_node/engine.py", "from promoe.v1 import inference_pb2"),
     (rules.keeps_wire_types_at_the_edge, "expert_store/a.py", "import promoe.v1.model_pb2_grpc"),
-    (rules.keeps_torch_out_of_the_store, "expert_store/arena.py", "def f():\n    import torch"),
+    (rules.keeps_torch_out_of_light_services, "expert_store/arena.py", "def f():\n    import torch"),
+    (rules.keeps_torch_out_of_light_services, "predictor_service/predictors/a.py", "from torch import nn"),
     (rules.flows_in_one_direction, "compute_node/engine.py", "from compute_node.service import Service"),
     (rules.flows_in_one_direction, "compute_node/engine.py", "import compute_node.__main__"),
     (rules.flows_in_one_direction, "compute_node/engine.py", "from compute_node.node import ComputeNode"),
@@ -58,7 +59,7 @@ BAD_SAMPLES: Final = (
 GOOD_SAMPLES: Final = (
     (rules.imports_no_other_service, "expert_store/a.py", "from expert_store import arena\nfrom promoe import ids"),
     (rules.keeps_wire_types_at_the_edge, "compute_node/store_client.py", "from promoe.v1 import model_pb2"),
-    (rules.keeps_torch_out_of_the_store, "expert_store/pack/convert.py", "import torch"),
+    (rules.keeps_torch_out_of_light_services, "expert_store/pack/convert.py", "import torch"),
     (rules.flows_in_one_direction, "compute_node/__main__.py", "from compute_node.service import Service"),
     (rules.flows_in_one_direction, "compute_node/node.py", "from compute_node.service import Service"),
     (rules.keeps_its_sizes, "compute_node/a.py", "class A:\n    def f(self, a, b, c, d, *, e, f): ..."),
@@ -112,11 +113,11 @@ def test_modules_import_each_other_in_one_direction() -> None:
 
 
 @pytest.mark.parametrize("package", TORCH_FREE_PACKAGES)
-def test_starting_the_store_or_the_cli_loads_no_torch(package: str) -> None:
+def test_starting_a_light_service_or_the_cli_loads_no_torch(package: str) -> None:
     names = [
         module.name
         for module in product_modules()
-        if module.package == package and not module.is_in(*rules.TORCH_FOLDERS_OF_THE_STORE)
+        if module.package == package and not module.is_in(*rules.TORCH_FOLDERS)
     ]
     script = f"import sys, {', '.join(names)}; print(*({{'torch', 'transformers'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -42,6 +42,9 @@ TOKENIZE_DEADLINE_S: Final = 60.0
 GENERATE_DEADLINE_S: Final = 3600.0
 """A whole answer, queueing included, unless the caller says otherwise."""
 
+TRACE_DEADLINE_S: Final = 24 * 3600.0
+"""A recording, unless the caller says otherwise."""
+
 MAX_MESSAGE_NBYTES: Final = 32 << 20
 
 MAX_SOCKET_PATH_NBYTES: Final = 107
@@ -187,7 +190,7 @@ class RpcServer:
             ValueError: the path of a unix socket is too long, or not one that gRPC finds again.
             AlreadyRunning: another server holds the socket, or the address cannot be bound.
         """
-        lock_fd = _lock_socket(endpoint) if endpoint.startswith("unix:") else None
+        lock_fd = lock_socket(endpoint) if endpoint.startswith("unix:") else None
         try:
             port = self.server.add_insecure_port(endpoint)
         except RuntimeError as error:
@@ -218,7 +221,7 @@ class RpcServer:
             os.close(self._lock_fds.pop())
 
 
-def _lock_socket(endpoint: str) -> int:
+def lock_socket(endpoint: str) -> int:
     """Claims a unix socket's path for this process; gRPC alone would silently take it over from a living server.
 
     The lock is a file beside the socket, which stays when it is released: removing it would race with the next owner.

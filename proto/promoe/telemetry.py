@@ -33,6 +33,13 @@ ARENA_FILLED_BYTES: Final = "promoe_arena_filled_bytes"
 FILL_SECONDS: Final = "promoe_fill_seconds"
 DAMAGED_BLOBS: Final = "promoe_damaged_blobs"
 LEASES: Final = "promoe_leases"
+PREDICTOR: Final = "promoe_predictor"
+PREDICTOR_SESSIONS: Final = "promoe_predictor_sessions"
+OBSERVATIONS: Final = "promoe_predictor_observations"
+DROPPED_OBSERVATIONS: Final = "promoe_predictor_dropped_observations"
+REFUSED_OBSERVATIONS: Final = "promoe_predictor_refused_observations"
+HINTS_MADE: Final = "promoe_predictor_hints"
+PREDICT_SECONDS: Final = "promoe_predictor_predict_seconds"
 
 _MAX_PORT: Final = 65535
 

@@ -1,0 +1,91 @@
+"""`python -m predictor_service`: reads the configuration, builds the predictor and its server, runs until SIGTERM."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+# Before numpy is imported: a product of a few rows is done sooner by one thread than by waking others, which would
+# take the compute node's cores. Who sets the variable decides.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
+
+from predictor_service.choice import choose_predictor
+from predictor_service.config import PredictorConfig
+from predictor_service.metrics import metrics_page
+from predictor_service.predictor import PredictorSource
+from predictor_service.service import SERVICE_NAME, PredictorService
+from predictor_service.session_book import SessionLimits
+from promoe.config import LogConfig, Settings, SettingUnfit
+from promoe.errors import PromoeError, Unavailable, exit_status
+from promoe.pack_manifest import PackManifest
+from promoe.telemetry import configure_logging
+from promoe.threaded_rpc import ThreadedRpcServer
+
+logger = logging.getLogger("predictor_service")
+
+
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+def serve(config: PredictorConfig) -> None:
+    """Serves until SIGTERM or SIGINT; raises the PromoeError or SettingUnfit that keeps it from running."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # here and in every thread to come: sigwait takes them
+    spec = PackManifest.read(config.pack).spec
+    source = PredictorSource(spec, config.pack, config.artifact, config.lookahead)
+    predictor = choose_predictor(config.predictor, source)
+    limits = SessionLimits(config.max_rows, config.max_sessions, config.max_queued_events)
+    service = PredictorService(spec, predictor, limits)
+    with metrics_page(service.stats, config.metrics_listen):
+        server = ThreadedRpcServer((SERVICE_NAME,), config.max_sessions)
+        service.register(server.server)
+        endpoint = _listen(server, config.listen)
+        server.start()
+        server.set_serving(True)
+        logger.info("Predicting %s with %s at %s.", spec.name, predictor.version.version, endpoint)
+        signal.sigwait(_STOP_SIGNALS)
+        service.end_streams(Unavailable("The predictor service is shutting down."))
+        server.stop(config.drain_deadline_s)
+
+
+def _listen(server: ThreadedRpcServer, asked: str) -> str:
+    if not asked.startswith("unix:"):
+        return server.listen(asked)
+    socket = Path(asked.removeprefix("unix:"))
+    socket.parent.mkdir(mode=0o770, parents=True, exist_ok=True)
+    endpoint = server.listen(asked)
+    socket.chmod(0o660)
+    return endpoint
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 after SIGTERM, 1 when it cannot run, 2 for a wrong configuration, 3 for a damaged pack."""
+    parser = argparse.ArgumentParser(
+        prog="python -m predictor_service", description="Predicts which experts of one pack will be needed."
+    )
+    parser.add_argument("--config", type=Path, help="TOML file with a [predictor] table")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides the file")
+    options = parser.parse_args(arguments)
+    try:
+        settings = Settings(options.config, options.set)
+        config = settings.section("predictor", PredictorConfig)
+        configure_logging("predictor_service", settings.section("log", LogConfig).level)
+    except ValueError as error:
+        sys.stderr.write(f"predictor_service: {error}\n")
+        return 2
+    try:
+        serve(config)
+    except SettingUnfit as error:  # any other ValueError is a bug, and its traceback is wanted
+        sys.stderr.write(f"predictor_service: {error}\n")
+        return 2
+    except PromoeError as error:
+        sys.stderr.write(f"predictor_service: {error}\n")
+        return exit_status(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
