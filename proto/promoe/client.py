@@ -10,15 +10,19 @@ channel.
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Final, Self, Unpack
+from typing import TYPE_CHECKING, Final, Self, Unpack
 
 from promoe.cache_map import CacheMap
 from promoe.generation import Answer, Delta, GenerateOptions, Prompt, encode_generate
 from promoe.node_calls import Generation, NodeCalls
 from promoe.node_report import CacheStats, NodeInfo
 from promoe.retry import RetryPolicy
-from promoe.rpc import GENERATE_DEADLINE_S, INFO_DEADLINE_S, TOKENIZE_DEADLINE_S
+from promoe.rpc import GENERATE_DEADLINE_S, INFO_DEADLINE_S, TOKENIZE_DEADLINE_S, TRACE_DEADLINE_S
 from promoe.transport import AioTransport, BlockingTransport, run_blocking
+
+if TYPE_CHECKING:
+    # Events are arrays; a client that asks for text only needs no numpy.
+    from promoe.trace_calls import AsyncTraceStream, TraceStream
 
 _DEFAULT_RETRY: Final = RetryPolicy()
 
@@ -124,6 +128,25 @@ class AsyncClient:
         """What every expert is doing right now."""
         return await self._calls.cache_map(deadline_s)
 
+    def trace(
+        self,
+        *,
+        max_rows: int = 0,
+        layer_input: bool = False,
+        router_input: bool = False,
+        deadline_s: float = TRACE_DEADLINE_S,
+    ) -> "AsyncTraceStream":
+        """What the expert cache is told, from the next step on, as long as the stream is read; one at a time.
+
+        Args:
+            max_rows: with hidden states of at most so many tokens of each step; 0 for none.
+            layer_input, router_input: which hidden states.
+            deadline_s: ends the trace with DeadlineExceeded.
+        """
+        from promoe.trace_calls import AsyncTraceStream, encode_trace
+
+        return AsyncTraceStream(self._calls, encode_trace(max_rows, layer_input, router_input), deadline_s)
+
     async def tokenize(
         self, prompt: str | Sequence[Mapping[str, str]], *, deadline_s: float = TOKENIZE_DEADLINE_S
     ) -> list[int]:
@@ -181,6 +204,25 @@ class Client:
     def cache_map(self, *, deadline_s: float = INFO_DEADLINE_S) -> CacheMap:
         """What every expert is doing right now."""
         return run_blocking(self._calls.cache_map(deadline_s))
+
+    def trace(
+        self,
+        *,
+        max_rows: int = 0,
+        layer_input: bool = False,
+        router_input: bool = False,
+        deadline_s: float = TRACE_DEADLINE_S,
+    ) -> "TraceStream":
+        """What the expert cache is told, from the next step on, as long as the stream is read; one at a time.
+
+        Args:
+            max_rows: with hidden states of at most so many tokens of each step; 0 for none.
+            layer_input, router_input: which hidden states.
+            deadline_s: ends the trace with DeadlineExceeded.
+        """
+        from promoe.trace_calls import TraceStream, encode_trace
+
+        return TraceStream(self._calls, encode_trace(max_rows, layer_input, router_input), deadline_s)
 
     def tokenize(
         self, prompt: str | Sequence[Mapping[str, str]], *, deadline_s: float = TOKENIZE_DEADLINE_S

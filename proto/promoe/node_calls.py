@@ -12,7 +12,7 @@ from promoe.generation import Answer, Delta, FinishReason, encode_chat, encode_d
 from promoe.node_report import CacheStats, NodeInfo
 from promoe.retry import Attempts, RetryPolicy
 from promoe.rpc import INFO_DEADLINE_S
-from promoe.transport import AnswerCall, Transport
+from promoe.transport import StreamCall, Transport
 from promoe.typed_message import decode_message
 from promoe.v1 import inference_pb2
 from promoe.wire import check_schema
@@ -116,7 +116,7 @@ class Generation:
         self._calls = calls
         self._request = request
         self._attempts = Attempts(calls.retry, deadline_s)
-        self._call: AnswerCall | None = None
+        self._call: StreamCall[inference_pb2.GenerateResponse] | None = None
         self._answer = Answer()
 
     @property
@@ -157,7 +157,9 @@ class Generation:
             try:
                 if self._call is None:
                     await self._calls.check_schema(self._attempts.remaining_s)
-                    self._call = self._calls.transport.generate(self._request, self._attempts.remaining_s)
+                    self._call = self._calls.transport.stream(
+                        "Generate", self._request, inference_pb2.GenerateResponse, self._attempts.remaining_s
+                    )
                     if self._answer.finish_reason is not None:  # cancelled by another thread just now
                         self._call.cancel()
                 message = await self._call.read()

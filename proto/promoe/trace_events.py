@@ -131,3 +131,11 @@ class LayerEvent:
 
 
 TraceEvent: TypeAlias = StepEvent | HintEvent | LoadEvent | LayerEvent
+
+
+@dataclass(frozen=True)
+class TraceBatch:
+    """Events in their order, as they travel; `dropped_steps` were left out so far because the reader was too slow."""
+
+    events: tuple[TraceEvent, ...]
+    dropped_steps: int

@@ -14,7 +14,16 @@ from promoe.hint_wire import (
     encode_tensor,
 )
 from promoe.model_spec import Dtype
-from promoe.trace_events import HintEvent, HintFate, LayerEvent, LoadEvent, LoadReason, StepEvent, TraceEvent
+from promoe.trace_events import (
+    HintEvent,
+    HintFate,
+    LayerEvent,
+    LoadEvent,
+    LoadReason,
+    StepEvent,
+    TraceBatch,
+    TraceEvent,
+)
 from promoe.v1 import inference_pb2
 from promoe.wire import decode_expert, encode_expert
 
@@ -35,6 +44,18 @@ _REASON_TO_WIRE: Final = {
     LoadReason.STREAM: inference_pb2.LOAD_REASON_STREAM,
 }
 _REASON_OF_WIRE: Final = {number: reason for reason, number in _REASON_TO_WIRE.items()}
+
+
+def encode_batch(batch: TraceBatch) -> inference_pb2.TraceResponse:
+    """To the wire."""
+    return inference_pb2.TraceResponse(
+        events=[encode_event(event) for event in batch.events], dropped_steps=batch.dropped_steps
+    )
+
+
+def decode_batch(message: inference_pb2.TraceResponse) -> TraceBatch:
+    """From the wire; raises ValueError as `decode_event` does."""
+    return TraceBatch(tuple(decode_event(event) for event in message.events), message.dropped_steps)
 
 
 def encode_event(event: TraceEvent) -> inference_pb2.TraceEvent:

@@ -7,7 +7,7 @@ The client's logic is written once, as coroutines over a `Transport`. On the blo
 import asyncio
 import time
 from collections.abc import Coroutine
-from typing import Protocol, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -20,6 +20,7 @@ from promoe.v1 import inference_pb2, inference_pb2_grpc
 
 _Result = TypeVar("_Result")
 _Response = TypeVar("_Response", bound=Message)
+_Item = TypeVar("_Item", bound=Message, covariant=True)
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
@@ -46,10 +47,10 @@ class Unreachable(Unavailable):
     """Nobody answers at the endpoint, or the connection broke."""
 
 
-class AnswerCall(Protocol):
-    """An open Generate call."""
+class StreamCall(Protocol[_Item]):
+    """An open call with a stream of responses."""
 
-    async def read(self) -> inference_pb2.GenerateResponse | None:
+    async def read(self) -> _Item | None:
         """The next message, or None after the last.
 
         Raises:
@@ -73,8 +74,10 @@ class Transport(Protocol):
         """What the node's health service says of the Inference service."""
         ...
 
-    def generate(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> AnswerCall:
-        """Opens a Generate call; failures come with `read`."""
+    def stream(
+        self, method: str, request: Message, response_type: type[_Response], timeout_s: float
+    ) -> StreamCall[_Response]:
+        """Opens a streaming call of the Inference service; failures come with `read`."""
         ...
 
     async def pause(self, seconds: float) -> None:
@@ -121,9 +124,11 @@ class AioTransport:
             raise readable_error(error, self._endpoint) from error
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def generate(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> AnswerCall:
+    def stream(
+        self, method: str, request: Message, response_type: type[_Response], timeout_s: float
+    ) -> StreamCall[_Response]:
         """See Transport."""
-        return _AioAnswerCall(self._stub.Generate(request, timeout=timeout_s), self._endpoint)
+        return _AioStreamCall(getattr(self._stub, method)(request, timeout=timeout_s), self._endpoint)
 
     async def pause(self, seconds: float) -> None:
         """See Transport."""
@@ -134,16 +139,12 @@ class AioTransport:
         await self._channel.close()
 
 
-class _AioAnswerCall:
-    def __init__(
-        self,
-        call: "grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]",
-        endpoint: str,
-    ) -> None:
+class _AioStreamCall(Generic[_Response]):
+    def __init__(self, call: "grpc.aio.UnaryStreamCall[Message, _Response]", endpoint: str) -> None:
         self._call = call
         self._endpoint = endpoint
 
-    async def read(self) -> inference_pb2.GenerateResponse | None:
+    async def read(self) -> _Response | None:
         try:
             message = await self._call.read()
         except grpc.RpcError as error:
@@ -154,7 +155,7 @@ class _AioAnswerCall:
             if self._call.cancelled() and not (task and task.cancelling()):
                 raise Unavailable("The call was cancelled.") from None
             raise
-        return None if message is grpc.aio.EOF else cast("inference_pb2.GenerateResponse", message)
+        return None if message is grpc.aio.EOF else cast("_Response", message)
 
     def cancel(self) -> None:
         self._call.cancel()
@@ -186,9 +187,11 @@ class BlockingTransport:
             raise readable_error(error, self._endpoint) from error
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def generate(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> AnswerCall:
+    def stream(
+        self, method: str, request: Message, response_type: type[_Response], timeout_s: float
+    ) -> StreamCall[_Response]:
         """See Transport."""
-        return _BlockingAnswerCall(self._stub.Generate(request, timeout=timeout_s), self._endpoint)
+        return _BlockingStreamCall(getattr(self._stub, method)(request, timeout=timeout_s), self._endpoint)
 
     async def pause(self, seconds: float) -> None:
         """See Transport."""
@@ -199,12 +202,12 @@ class BlockingTransport:
         self._channel.close()
 
 
-class _BlockingAnswerCall:
-    def __init__(self, call: "grpc._CallIterator[inference_pb2.GenerateResponse]", endpoint: str) -> None:
+class _BlockingStreamCall(Generic[_Response]):
+    def __init__(self, call: "grpc._CallIterator[_Response]", endpoint: str) -> None:
         self._call = call
         self._endpoint = endpoint
 
-    async def read(self) -> inference_pb2.GenerateResponse | None:
+    async def read(self) -> _Response | None:
         try:
             return next(self._call, None)
         except grpc.RpcError as error:

@@ -9,6 +9,8 @@ from enum import Enum
 from types import TracebackType
 from typing import Self
 
+from google.protobuf.message import Message
+
 from promoe.rpc import RpcServer
 from promoe.v1 import inference_pb2, inference_pb2_grpc, model_pb2
 from promoe.wire import SCHEMA_VERSION
@@ -23,7 +25,7 @@ class Act(Enum):
     END = "end the stream here"
 
 
-Step = inference_pb2.GenerateResponse | Exception | Act
+Step = inference_pb2.GenerateResponse | inference_pb2.TraceResponse | Exception | Act
 
 
 def accepted(request_id: str = "r1", prompt_tokens: int = 3, seed: int = 7) -> inference_pb2.GenerateResponse:
@@ -62,7 +64,8 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         cache_map: the answer of CacheMap.
         unary_errors: raised by the next unary calls (GetInfo excepted), one each.
         info_errors: raised by the next GetInfo calls, one each.
-        requests: Generate requests so far.
+        trace_script: what every Trace call does.
+        requests, trace_requests: Generate and Trace requests so far.
         num_info_calls: GetInfo calls so far.
         hung_up: set when a client left a hanging call.
         hanging: set when a script has come to its HANG.
@@ -74,7 +77,9 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.cache_map = _cache_map()
         self.unary_errors: list[Exception] = []
         self.info_errors: list[Exception] = []
+        self.trace_script: Sequence[Step] = (Act.HANG,)
         self.requests: list[inference_pb2.GenerateRequest] = []
+        self.trace_requests: list[inference_pb2.TraceRequest] = []
         self.num_info_calls = 0
         self.schema_version = SCHEMA_VERSION
         self.instance_id = "i1"
@@ -113,6 +118,19 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         self.requests.append(request)
         script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+        async for message in self._play(script):
+            assert isinstance(message, inference_pb2.GenerateResponse)
+            yield message
+
+    async def Trace(
+        self, request: inference_pb2.TraceRequest, _context: object
+    ) -> AsyncIterator[inference_pb2.TraceResponse]:
+        self.trace_requests.append(request)
+        async for message in self._play(self.trace_script):
+            assert isinstance(message, inference_pb2.TraceResponse)
+            yield message
+
+    async def _play(self, script: Sequence[Step]) -> AsyncIterator[Message]:
         for step in script:
             if step is Act.END:
                 return
@@ -124,7 +142,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                     self.hung_up.set()
             elif isinstance(step, Exception):
                 raise step
-            elif isinstance(step, inference_pb2.GenerateResponse):
+            elif isinstance(step, Message):
                 yield step
 
     async def Tokenize(

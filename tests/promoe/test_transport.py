@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from promoe.errors import DeadlineExceeded, InvalidInput, PromoeError, Unavailable
-from promoe.transport import AioTransport, BlockingTransport, Transport, Unreachable, run_blocking
+from promoe.transport import AioTransport, BlockingTransport, StreamCall, Transport, Unreachable, run_blocking
 from promoe.v1 import inference_pb2
 from tests.promoe.scripted_inference import HELLO, Act, ScriptedInference, ScriptedNode, accepted, serve_in_thread
 
@@ -15,6 +15,11 @@ DEADLINE_S = 20.0
 HELLO_TEXT = ["", "Hel", "lo", ""]
 
 Check = Callable[[Transport], Awaitable[None]]
+
+
+def generate(transport: Transport, timeout_s: float) -> StreamCall[inference_pb2.GenerateResponse]:
+    request = inference_pb2.GenerateRequest(text="x")
+    return transport.stream("Generate", request, inference_pb2.GenerateResponse, timeout_s)
 
 
 def on_both(servicer: ScriptedInference, check: Check, endpoint: str | None = None) -> None:
@@ -58,7 +63,7 @@ def test_asks_reads_and_looks_at_health() -> None:
     async def check(transport: Transport) -> None:
         assert await detokenize(transport) == "hi"
         assert await transport.is_serving(DEADLINE_S)
-        call = transport.generate(inference_pb2.GenerateRequest(text="x"), DEADLINE_S)
+        call = generate(transport, DEADLINE_S)
         texts = []
         while (message := await call.read()) is not None:
             texts.append(message.delta.text)
@@ -75,7 +80,7 @@ def test_raises_what_the_server_raised() -> None:
     async def check(transport: Transport) -> None:
         error = await raised_by(detokenize(transport))
         assert (type(error), str(error)) == (InvalidInput, "Not this.")
-        error = await raised_by(transport.generate(inference_pb2.GenerateRequest(text="x"), DEADLINE_S).read())
+        error = await raised_by(generate(transport, DEADLINE_S).read())
         assert (type(error), str(error)) == (InvalidInput, "No such thing.")
 
     on_both(servicer, check)
@@ -99,7 +104,7 @@ def test_nobody_there_is_unreachable_with_the_endpoint(socket_dir: Path) -> None
         calls = (
             detokenize(transport),
             transport.is_serving(DEADLINE_S),
-            transport.generate(inference_pb2.GenerateRequest(text="x"), DEADLINE_S).read(),
+            generate(transport, DEADLINE_S).read(),
         )
         for call in calls:
             error = await raised_by(call)
@@ -113,12 +118,12 @@ def test_a_deadline_and_a_cancellation_end_a_hanging_answer() -> None:
     servicer = ScriptedInference((accepted(), Act.HANG))
 
     async def check(transport: Transport) -> None:
-        late = transport.generate(inference_pb2.GenerateRequest(text="x"), 0.3)
+        late = generate(transport, 0.3)
         assert await late.read() is not None
         error = await raised_by(late.read())
         assert type(error) is DeadlineExceeded
         assert "did not answer in time" in str(error)
-        cancelled = transport.generate(inference_pb2.GenerateRequest(text="x"), DEADLINE_S)
+        cancelled = generate(transport, DEADLINE_S)
         assert await cancelled.read() is not None
         cancelled.cancel()
         assert isinstance(await raised_by(cancelled.read()), Unavailable)

@@ -1,0 +1,291 @@
+"""Records what the expert cache is told, step by step, for one reader at a time.
+
+The engine thread collects a step's events and puts the whole step into a bounded queue; the event loop takes it out,
+and a worker thread waits for its hidden states. While nobody records, an event costs a look at one attribute.
+
+    sink, sampler (engine thread) ──► step ──► queue ──► batches (event loop) ──► reader
+                                        └──► left out and counted, when the queue is full
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import torch
+
+from compute_node.expert_cache import CacheSnapshot
+from compute_node.layer_sample import LayerSample, WantedSamples
+from promoe.errors import Overloaded, Unavailable
+from promoe.hint import Float32Array, ObservedKind, StepStart
+from promoe.trace_events import LayerEvent, LoadEvent, StepEvent, TraceBatch, TraceEvent
+
+MAX_ROWS: Final = 1024
+"""Sampled tokens of a step that a trace may ask for."""
+
+QUEUE_NBYTES: Final = 64 << 20
+"""Steps that wait for a slow reader; the next one is left out when there are so many."""
+
+BATCH_NBYTES: Final = 1 << 20
+"""A batch is closed when it has so much; a step of many tokens becomes several."""
+
+_EVENT_NBYTES: Final = 256
+_RETRY_AFTER_MS: Final = 5000
+
+
+@dataclass(frozen=True)
+class TraceWish:
+    """What a reader wants besides the events.
+
+    Attributes:
+        max_rows: hidden states of at most so many tokens of each step; 0 for none.
+        layer_input, router_input: which.
+
+    Raises:
+        ValueError: rows without a kind, a kind without rows, or too many rows.
+    """
+
+    max_rows: int
+    layer_input: bool
+    router_input: bool
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_rows <= MAX_ROWS:
+            raise ValueError(f"max_rows is {self.max_rows}; allowed: 0 to {MAX_ROWS}")
+        if bool(self.max_rows) != (self.layer_input or self.router_input):
+            raise ValueError(
+                f"max_rows is {self.max_rows} with layer_input {self.layer_input} and router_input "
+                f"{self.router_input}; allowed: rows of at least one kind, or 0 of none"
+            )
+
+
+@dataclass(frozen=True)
+class TraceBeginning:
+    """The moment before the first recorded step."""
+
+    snapshot: CacheSnapshot
+    began_unix_s: float
+
+
+@dataclass(eq=False)
+class _RecordedStep:
+    """One step's events as the cache told them; hidden states may still be on their way to the host."""
+
+    events: list[TraceEvent] = field(default_factory=list)
+    samples: dict[tuple[int, ObservedKind], LayerSample] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+class Recording:
+    """One trace while it is recorded; made by `TraceRecorder.open`, inside the event loop that reads it.
+
+    Args:
+        wish: what it wants besides events.
+        num_layers: MoE layers: with the last one a step is over.
+        snapshot: of the expert cache; called on the engine thread.
+    """
+
+    def __init__(self, wish: TraceWish, num_layers: int, snapshot: Callable[[], CacheSnapshot]) -> None:
+        self._wish = wish
+        self._num_layers = num_layers
+        self._snapshot = snapshot
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._is_closed = False
+        # Of both threads.
+        self._lock = threading.Lock()
+        self._queue: deque[_RecordedStep] = deque()
+        self._queued_nbytes = 0
+        self._beginning: TraceBeginning | None = None
+        self._dropped_steps = 0
+        # Of the engine thread. Nothing is kept before the first step begins.
+        self._began_s = 0.0
+        self._step = 0
+        self._current: _RecordedStep | None = None
+
+    # ------------------------------------------------------------------ engine thread
+
+    def record(self, event: TraceEvent) -> None:
+        """The next event."""
+        if isinstance(event, StepEvent):
+            self._begin_step(event)
+        if self._current is None:
+            return
+        self._current.events.append(event)
+        self._current.nbytes += _EVENT_NBYTES
+        if isinstance(event, LayerEvent):
+            self._current.nbytes += event.topk_ids_TK.nbytes
+            if event.layer == self._num_layers - 1 and not self._wish.layer_input:
+                self._hand_over(self._current)
+
+    def wanted(self, start: StepStart) -> WantedSamples | None:
+        """Which hidden states of the step that began."""
+        is_recorded = self._current is not None and self._step == start.step
+        if not is_recorded or not self._wish.max_rows:
+            return None
+        return WantedSamples(self._wish.max_rows, self._wish.layer_input, self._wish.router_input, routing=False)
+
+    def take(self, sample: LayerSample) -> None:
+        """One layer's hidden states."""
+        if self._current is None:
+            return
+        self._current.samples[sample.layer, sample.kind] = sample
+        if sample.hidden is not None:
+            self._current.nbytes += sample.hidden.tensor.nbytes
+        if sample.layer == self._num_layers:
+            self._hand_over(self._current)
+
+    def _begin_step(self, event: StepEvent) -> None:
+        if self._current is not None:
+            # A step that failed half way, or what the cache noticed between two steps; that goes with the next one.
+            if any(isinstance(earlier, StepEvent) for earlier in self._current.events):
+                self._hand_over(self._current)
+        elif self._beginning is None:
+            self._beginning = TraceBeginning(self._snapshot(), time.time())  # unix_s
+            self._began_s = event.at_s
+        with self._lock:
+            is_full = self._queued_nbytes >= QUEUE_NBYTES
+            self._dropped_steps += is_full
+        self._step = event.step
+        if is_full:
+            self._current = None
+        elif self._current is None:
+            self._current = _RecordedStep()
+
+    def _hand_over(self, step: _RecordedStep) -> None:
+        """The step is over; what comes before the next one begins belongs to that."""
+        with self._lock:
+            self._queue.append(step)
+            self._queued_nbytes += step.nbytes
+        self._current = _RecordedStep()
+        with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    # ------------------------------------------------------------------ event loop
+
+    def close(self) -> None:
+        """Ends `batches`."""
+        self._is_closed = True
+        self._wake.set()
+
+    async def beginning(self) -> TraceBeginning:
+        """As soon as the first recorded step is over; raises Unavailable when it was closed before."""
+        await self._wake.wait()
+        if self._beginning is None:
+            raise Unavailable("The trace was closed before its first step.")
+        return self._beginning
+
+    async def batches(self) -> AsyncIterator[TraceBatch]:
+        """Whole steps, each in one batch or more; ends when the recording is closed."""
+        while not self._is_closed:
+            await self._wake.wait()
+            self._wake.clear()
+            while not self._is_closed and (step := self._take_step()) is not None:
+                # Waiting for the device and turning tensors into arrays is no work for the event loop.
+                for events in await asyncio.to_thread(self._finish, step):
+                    yield TraceBatch(tuple(events), self._dropped_steps)
+
+    def _take_step(self) -> _RecordedStep | None:
+        with self._lock:
+            if not self._queue:
+                return None
+            step = self._queue.popleft()
+            self._queued_nbytes -= step.nbytes
+            return step
+
+    def _finish(self, step: _RecordedStep) -> list[list[TraceEvent]]:
+        """Batches of the step's events, with times since the beginning and with their hidden states."""
+        batches: list[list[TraceEvent]] = [[]]
+        nbytes = 0
+        for event in step.events:
+            if nbytes >= BATCH_NBYTES:
+                batches.append([])
+                nbytes = 0
+            at_s = event.at_s - self._began_s
+            if isinstance(event, LayerEvent):
+                batches[-1].append(
+                    self._with_hidden(replace(event, at_s=at_s, end_s=event.end_s - self._began_s), step)
+                )
+                nbytes += step.nbytes // self._num_layers
+            elif isinstance(event, LoadEvent):
+                begin_s, end_s = event.begin_s - self._began_s, event.end_s - self._began_s
+                batches[-1].append(replace(event, at_s=at_s, begin_s=begin_s, end_s=end_s))
+            else:
+                batches[-1].append(replace(event, at_s=at_s))
+        return batches
+
+    def _with_hidden(self, event: LayerEvent, step: _RecordedStep) -> LayerEvent:
+        layer_input = step.samples.get((event.layer, ObservedKind.LAYER_INPUT))
+        router_input = step.samples.get((event.layer, ObservedKind.ROUTER_INPUT))
+        sample = layer_input or router_input
+        if sample is None:
+            return event
+        is_last = event.layer == self._num_layers - 1
+        last_output = step.samples.get((self._num_layers, ObservedKind.LAYER_INPUT)) if is_last else None
+        return replace(
+            event,
+            rows=sample.rows,
+            layer_input_RD=_hidden_of(layer_input),
+            router_input_RD=_hidden_of(router_input),
+            last_output_RD=_hidden_of(last_output),
+        )
+
+
+class TraceRecorder:
+    """A sink of the expert cache and a sampler of the layer observer; the cache is told of each step first.
+
+    Args:
+        num_layers: MoE layers.
+        snapshot: of the expert cache.
+    """
+
+    def __init__(self, num_layers: int, snapshot: Callable[[], CacheSnapshot]) -> None:
+        self._num_layers = num_layers
+        self._snapshot = snapshot
+        # Set by the event loop, read by the engine thread; one reference, so that no lock is needed.
+        self._recording: Recording | None = None
+
+    def record(self, event: TraceEvent) -> None:
+        """The cache's sink."""
+        recording = self._recording
+        if recording is not None:
+            recording.record(event)
+
+    def begin_step(self, start: StepStart) -> WantedSamples | None:
+        """See LayerSampler."""
+        recording = self._recording
+        return None if recording is None else recording.wanted(start)
+
+    def take(self, sample: LayerSample) -> None:
+        """See LayerSampler."""
+        recording = self._recording
+        if recording is not None:
+            recording.take(sample)
+
+    def open(self, wish: TraceWish) -> Recording:
+        """Records from the next step on. Call it, and `close`, on the event loop.
+
+        Raises:
+            Overloaded: a trace is being recorded.
+        """
+        if self._recording is not None:
+            raise Overloaded("A trace is being recorded already; one at a time.", _RETRY_AFTER_MS)
+        self._recording = Recording(wish, self._num_layers, self._snapshot)
+        return self._recording
+
+    def close(self, recording: Recording) -> None:
+        """Ends the recording at once; idempotent."""
+        recording.close()
+        if self._recording is recording:
+            self._recording = None
+
+
+def _hidden_of(sample: LayerSample | None) -> Float32Array | None:
+    if sample is None or sample.hidden is None:
+        return None
+    hidden_RD: Float32Array = sample.hidden.wait().to(torch.float32).numpy()
+    return hidden_RD
