@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from compute_node.acquisition import Acquisition
-from compute_node.device.seam import CopyTicket
 from compute_node.eviction import eviction_named
+from compute_node.expert_feed import ComputeMarks, ExpertFeed, FeedParts
 from compute_node.expert_history import ExpertHistory, FloatArray
 from compute_node.hint_inbox import HintInbox
 from compute_node.loads import Load, LoadState, Transfers
@@ -29,19 +28,9 @@ from compute_node.slots import CacheGeometry, Slot, SlotState, SlotTable
 from promoe.errors import Unavailable
 from promoe.hint import Hint, IdArray, StepStart
 from promoe.ids import ExpertId
-from promoe.trace_events import HintEvent, HintFate, LayerEvent, LoadEvent, LoadReason, StepEvent, TraceEvent
+from promoe.trace_events import HintEvent, HintFate, LayerEvent, LoadEvent, StepEvent, TraceEvent
 
 logger = logging.getLogger(__name__)
-
-
-class ComputeMarks(Protocol):
-    """The part of a device that the cache needs: when compute has finished."""
-
-    def mark_compute(self) -> CopyTicket:
-        """A ticket that is done when all compute issued so far has finished."""
-
-    def synchronize(self) -> None:
-        """Blocks until all work has finished."""
 
 
 @dataclass
@@ -126,6 +115,22 @@ class ExpertCache:
         self.sinks: list[Callable[[TraceEvent], None]] = []
         self.counters = [LayerCounters() for _ in range(geometry.num_layers)]
         self._step = 0
+        self._look = 0
+        self._feed = ExpertFeed(
+            FeedParts(
+                table=self._table,
+                history=self._history,
+                prefetcher=self._prefetcher,
+                transfers=self._transfers,
+                marks=self._marks,
+                clock=self._clock,
+                lock=self._lock,
+                new_load=self._new_load,
+                arrive=self._arrive,
+                stop=self._stop,
+            ),
+            policy,
+        )
 
     # ------------------------------------------------------------------ what is told from outside
 
@@ -146,12 +151,12 @@ class ExpertCache:
     def begin_step(self, start: StepStart) -> None:
         """A forward pass begins, whose tokens are these spans'."""
         is_prefill = any(span.is_prefill for span in start.spans)
-        self._tell(StepEvent(self._clock(), start.step, start.spans))
         with self._lock:
-            self._step = start.step
+            self._step, self._look = start.step, 0
+            self._prefetcher.begin_step(is_prefill)
+            rate = self._prefetcher.link_bytes_per_s
+            self._tell(StepEvent(self._clock(), start.step, start.spans, start.ended_request_ids, rate))
             self._history.begin_step(max(1, start.num_tokens), max(1, len(start.spans)))
-            self._prefetcher.pace.begin_step(changes_phase=is_prefill != self._prefetcher.is_prefill)
-            self._prefetcher.is_prefill = is_prefill
             for hint in self._prefetcher.book.begin_step(start.step):
                 self._apply(hint)
             self._look_around()
@@ -201,50 +206,28 @@ class ExpertCache:
         self._follow_compute()
         routed_s = self._clock()
         with self._lock:
-            self._take_hints()
-            self._take_arrivals()
+            self._take_notice()
             self._prefetcher.pace.routed(layer, routed_s)
-            acquisition = self._open(layer, needed)
+            acquisition = self._feed.open(layer, needed)
+            self.counters[layer].hits += len(acquisition.hits)
+            self.counters[layer].misses += len(acquisition.misses)
             used = (*acquisition.hits, *acquisition.misses)
             self._history.routed(layer, used, self._token_shares(topk_ids_TK), topk_ids_TK.shape[0])
             self._prefetcher.book.routed(layer)
             self._prefetcher.worth.visited(layer)
             if self.policy.early_preemption:
-                self._prefetcher.drop_unneeded(layer)
+                self._stop(self._prefetcher.unneeded(layer))
         try:
             yield acquisition
         finally:
-            self._release_all(acquisition)
+            self._feed.close(acquisition)
             self._prefetcher.pace.stalled(acquisition.stall_s)
             self._tell(_layer_event(acquisition, self._step, topk_ids_TK, routed_s, self._clock()))
             self.notice()
 
     def arrivals(self, acquisition: Acquisition) -> Iterator[tuple[int, int]]:
-        """Hands out (expert, slot index) as they can be computed, in the policy's order.
-
-        The slot stays pinned until the next item is asked for. A layer that needs more experts than there are slots is
-        streamed: what was computed gives way to what is missing.
-        """
-        waiting = [expert for expert in acquisition.misses if expert not in acquisition.pinned]
-        is_eager = self.policy.early_preemption or self.policy.serial
-        if is_eager:
-            self._demand_more(acquisition, waiting)
-        if self.policy.serial:
-            self._await_all(acquisition)
-        needed = [*acquisition.hits, *acquisition.misses]
-        remaining = needed if self.policy.reorder else sorted(needed)
-        while remaining:
-            expert = self._next_computable(acquisition, remaining, waiting)
-            yield expert, acquisition.pinned[expert].index
-            remaining.remove(expert)
-            if waiting:
-                self._release(acquisition, expert)
-                if is_eager:
-                    self._demand_more(acquisition, waiting)
-                if self.policy.serial:
-                    self._await_all(acquisition)
-            if remaining and self._prefetcher.num_loading:
-                self.notice()
+        """Hands out (expert, slot index) as they can be computed, in the policy's order; see `ExpertFeed.arrivals`."""
+        return self._feed.arrivals(acquisition)
 
     def warm(self) -> None:
         """Fills the slots with every layer's first experts, so that service starts with a full cache."""
@@ -298,6 +281,7 @@ class ExpertCache:
                 if load is not None:
                     self._prefetcher.stop([slot])
                     self._transfers.settle([load])
+                    self._prefetcher.unwatch(slot)
                 if slot.expert == expert:
                     self._table.forget(slot)
         # A slot is READY, or even another expert's, as soon as compute was told to wait for the copy: the copy itself
@@ -317,17 +301,25 @@ class ExpertCache:
     # ------------------------------------------------------------------ looking around
 
     def _look_around(self) -> None:
-        self._take_hints()
-        self._take_arrivals()
+        self._take_notice()
         self._prefetcher.top_up()
 
-    def _take_hints(self) -> None:
+    def _take_notice(self) -> None:
+        """Hints first: they cost nothing to know. Everything noticed in one look carries its number."""
         for received in self._hints.drain():
             hint = received.hint
             fate = self._prefetcher.book.file(hint)
             if fate is HintFate.TAKEN:
                 self._apply(hint)
-            self._tell(HintEvent(self._clock(), hint, fate, received.latency_s))
+            self._tell(HintEvent(self._clock(), hint, fate, received.latency_s, self._look))
+        for slot in self._prefetcher.arrivals():
+            assert slot.load is not None, "an arrival has its load"
+            if slot.load.state is not LoadState.FAILED:
+                self._arrive(slot, slot.load)
+            elif slot.pins == 0:
+                # Who needs it asks again, and hears why it cannot be had.
+                self._table.forget(slot)
+        self._look += 1
 
     def _apply(self, hint: Hint) -> None:
         """What a hint means to eviction."""
@@ -337,160 +329,28 @@ class ExpertCache:
             head = hint.experts[: hint.num_expected].tolist()
             self._history.touched(hint.layer, [e for e in head if self._table.find(hint.layer, e) is not None])
 
-    def _take_arrivals(self) -> None:
-        for slot in self._prefetcher.arrivals():
-            assert slot.load is not None, "an arrival has its load"
-            if slot.load.state is LoadState.FAILED:
-                # Who needs it now asks again, and hears why it cannot be had.
-                if slot.pins == 0:
-                    self._table.forget(slot)
-            else:
-                self._arrive(slot, slot.load)
-
     def _arrive(self, slot: Slot, load: Load) -> None:
         self._table.arrived(slot)
-        self._tell(LoadEvent(self._clock(), load.begin_s, load.end_s, load.expert, load.reason, load.nbytes))
+        now_s = self._clock()
+        self._tell(LoadEvent(now_s, load.begin_s, load.end_s, load.expert, load.reason, load.nbytes, self._look))
+
+    def _stop(self, slots: Sequence[Slot]) -> None:
+        """Takes prefetches off the link's queue."""
+        for slot in self._prefetcher.stop(slots):
+            load = slot.load
+            assert load is not None, "what is kept is a part of a load"
+            kept_nbytes = slot.kept_nbytes or 0
+            now_s = self._clock()
+            event = LoadEvent(now_s, load.begin_s, now_s, load.expert, load.reason, kept_nbytes, self._look, True)
+            self._tell(event)
 
     def _tell(self, event: TraceEvent) -> None:
         for sink in self.sinks:
             sink(event)
 
-    # ------------------------------------------------------------------ slots and loads of an acquisition
-
-    def _open(self, layer: int, needed: Sequence[int]) -> Acquisition:
-        """Pins what is there or under way."""
-        hits: list[int] = []
-        late: list[Slot] = []
-        absent: list[int] = []
-        pinned: dict[int, Slot] = {}
-        for expert in needed:
-            slot = self._table.find(layer, expert)
-            if slot is None:
-                absent.append(expert)
-                continue
-            if slot.load is not None and slot.load.has_arrived:
-                self._arrive(slot, slot.load)
-            self._prefetcher.needed(slot)
-            self._table.pin(slot)
-            pinned[expert] = slot
-            if slot.state is SlotState.READY:
-                hits.append(expert)
-            else:
-                late.append(slot)
-        # The most complete first (ProMoE §5): in flight, then partly copied, then not begun, then missing.
-        late.sort(key=lambda slot: -slot.load.copied_nbytes if slot.load is not None else 0)
-        late_experts = tuple(slot.expert.expert for slot in late if slot.expert is not None)
-        acquisition = Acquisition(layer, tuple(hits), (*late_experts, *absent), late=late_experts, pinned=pinned)
-        if self.policy.early_preemption or self.policy.serial:
-            for slot in late:
-                self._prefetcher.urge(slot)
-        self.counters[layer].hits += len(hits)
-        self.counters[layer].misses += len(acquisition.misses)
-        return acquisition
-
-    def _demand_more(self, acquisition: Acquisition, waiting: list[int]) -> None:
-        """Starts loading as many of `waiting` as there are slots to be had."""
-        while waiting and self._demand(acquisition, waiting[0]):
-            waiting.pop(0)
-
-    def _demand(self, acquisition: Acquisition, expert: int) -> bool:
-        """False when every slot is in use."""
-        layer = acquisition.layer
-        with self._lock:
-            slot = self._table.take(layer) or self._prefetcher.steal(layer)
-            if slot is None:
-                return False
-            try:
-                load = self._new_load(ExpertId(layer, expert), slot)
-            except Unavailable:
-                self._table.give_back(slot)
-                raise
-            self._table.place(slot, load)
-            self._history.loaded(layer, expert, is_needed=True)
-            self._table.pin(slot)
-            acquisition.pinned[expert] = slot
-            acquisition.loaded_nbytes += load.nbytes
-            self._transfers.submit([load])
-        return True
-
     def _new_load(self, expert: ExpertId, slot: Slot) -> Load:
         source_address = self._source_address(expert)
         return Load(expert, source_address, slot.address, self.geometry.blob_nbytes, slot.last_compute, self._idle)
-
-    def _next_computable(self, acquisition: Acquisition, remaining: list[int], waiting: list[int]) -> int:
-        """Blocks until one of `remaining` can be computed, the one that the policy wants, and returns it."""
-        pinned = acquisition.pinned
-        if self.policy.reorder:
-            under_way: list[Slot] = []
-            for expert in remaining:
-                slot = pinned.get(expert)
-                if slot is not None and slot.state is SlotState.READY:
-                    return expert
-                if slot is not None and self.policy.early_preemption:
-                    under_way.append(slot)
-            if under_way:
-                return self._await(acquisition, under_way)
-        expert = remaining[0]
-        if expert not in pinned:
-            if self._demand(acquisition, expert):
-                waiting.remove(expert)
-            else:
-                # All slots hold experts that are still to be computed: one of those goes first.
-                expert = next(expert for expert in remaining if expert in pinned)
-        slot = pinned[expert]
-        return expert if slot.state is SlotState.READY else self._await(acquisition, [slot])
-
-    def _await(self, acquisition: Acquisition, slots: Sequence[Slot]) -> int:
-        """Blocks until the first of these LOADING slots is READY; returns its expert."""
-        loads: list[Load] = []
-        for slot in slots:
-            assert slot.load is not None, "a LOADING slot has a load"
-            if slot.load.reason is not LoadReason.DEMAND or slot.load.state is LoadState.PAUSED:
-                self._prefetcher.urge(slot)
-            loads.append(slot.load)
-        started_s = self._clock()
-        load = self._transfers.next_issued(loads)
-        load.ticket.wait_on_compute()
-        expert = load.expert.expert
-        stall_s = self._clock() - started_s
-        acquisition.stall_s += stall_s
-        if expert in acquisition.late:
-            acquisition.late_stall_s += stall_s
-        with self._lock:
-            self._arrive(acquisition.pinned[expert], load)
-        return expert
-
-    def _await_all(self, acquisition: Acquisition) -> None:
-        while under_way := [slot for slot in acquisition.pinned.values() if slot.state is SlotState.LOADING]:
-            self._await(acquisition, under_way)
-
-    def _release(self, acquisition: Acquisition, expert: int) -> None:
-        slot = acquisition.pinned.pop(expert)
-        slot.last_compute = self._marks.mark_compute()
-        with self._lock:
-            self._unpin(slot)
-
-    def _release_all(self, acquisition: Acquisition) -> None:
-        """Ends the layer's pins; loads that nobody will compute with any more are stopped."""
-        mark = self._marks.mark_compute()
-        unfinished = [slot for slot in acquisition.pinned.values() if slot.load is not None]
-        loads = [slot.load for slot in unfinished if slot.load is not None]
-        if loads:
-            with self._lock:
-                self._prefetcher.stop(unfinished)
-            self._transfers.settle(loads)
-        with self._lock:
-            for slot in acquisition.pinned.values():
-                slot.last_compute = mark
-                if slot.load is not None:
-                    slot.doomed = True
-                self._unpin(slot)
-            acquisition.pinned.clear()
-
-    def _unpin(self, slot: Slot) -> None:
-        self._table.unpin(slot)
-        if slot.pins == 0:
-            self._lock.notify_all()
 
     def _follow_compute(self) -> None:
         """A slot is READY for the stream that was told to wait for its copy; another thread computes on another one.

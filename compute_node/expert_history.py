@@ -115,7 +115,7 @@ class ExpertHistory:
             self.last_touch_LE[layer, expert] = self._clock
 
     def loaded(self, layer: int, expert: int, is_needed: bool) -> None:
-        """The expert comes into a slot. One that nobody needed yet counts as used now, or it would be the first to go."""
+        """The expert comes into a slot. What nobody needed yet counts as used now, or it would be the first to go."""
         self.num_uses_LE[layer, expert] = 1 if is_needed else 0
         if not is_needed:
             self._clock += 1

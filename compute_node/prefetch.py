@@ -77,6 +77,7 @@ class Prefetcher:
         self.worth = PrefetchWorth(table.geometry.num_layers)
         self.counters = PrefetchCounters()
         self.is_prefill = False
+        self.link_bytes_per_s = 0.0
         self._loading: dict[ExpertId, Slot] = {}
         table.on_given_up = self.given_up
 
@@ -115,53 +116,70 @@ class Prefetcher:
         assert slot.expert is not None, "a LOADING slot has an expert"
         assert slot.load is not None, "a LOADING slot has a load"
         self._loading.pop(slot.expert, None)
-        if slot.load.state is LoadState.PAUSED:
+        if slot.kept_nbytes is None:
+            self._transfers.promote(slot.load)
+        else:
+            slot.kept_nbytes = None
             slot.load.reason = LoadReason.DEMAND
             self._transfers.submit([slot.load])
-        else:
-            self._transfers.promote(slot.load)
 
-    def drop_unneeded(self, layer: int) -> None:
-        """The layer's routing is known and what it needs is pinned: the rest of its prefetches stop (ProMoE §5)."""
-        stale = [slot for expert, slot in self._loading.items() if expert.layer == layer and slot.pins == 0]
-        if stale:
-            self.stop(stale)
-
-    def stop(self, slots: Sequence[Slot]) -> None:
-        """Takes loads off the queue; what has come of them stays in the slots, which can be given up."""
-        self._transfers.pause([slot.load for slot in slots if slot.load is not None])
-        for slot in slots:
-            assert slot.expert is not None, "a LOADING slot has an expert"
+    def unwatch(self, slot: Slot) -> None:
+        """Its load will not be waited for."""
+        if slot.expert is not None:
             self._loading.pop(slot.expert, None)
-            load = slot.load
-            assert load is not None, "a LOADING slot has a load"
-            if load.state is LoadState.PAUSED and load.copied_nbytes == 0:
-                self._table.forget(slot)
-            else:
+
+    def is_under_way(self, slot: Slot) -> bool:
+        """Its load is on the link or in its queue, and nobody waits for it."""
+        return slot.expert in self._loading
+
+    def unneeded(self, layer: int) -> list[Slot]:
+        """The layer's routing is known and what it needs is pinned: the rest of its prefetches (ProMoE §5)."""
+        return [slot for expert, slot in self._loading.items() if expert.layer == layer and slot.pins == 0]
+
+    def stop(self, slots: Sequence[Slot]) -> list[Slot]:
+        """Takes loads off the link's queue; returns the slots that keep what has come, and can be given up."""
+        self._transfers.pause([slot.load for slot in slots if slot.load is not None])
+        kept: list[Slot] = []
+        for slot in slots:
+            assert slot.load is not None, "a LOADING slot has a load"
+            assert slot.expert is not None, "a LOADING slot has an expert"
+            # Read once: a chunk under way may still end, and what is decided must not depend on when.
+            state, copied_nbytes = slot.load.state, slot.load.copied_nbytes
+            if state in (LoadState.ISSUED, LoadState.FAILED):
+                continue
+            self._loading.pop(slot.expert, None)
+            slot.kept_nbytes = copied_nbytes
+            if copied_nbytes or slot.pins:
                 self._table.update(slot)
+                kept.append(slot)
+            else:
+                self._table.forget(slot)
+        return kept
 
     def given_up(self, slot: Slot) -> None:
         """The slot loses its expert."""
         if not slot.is_speculative or slot.expert is None:
             return
-        moved_nbytes = self._blob_nbytes if slot.load is None else slot.load.copied_nbytes
+        moved_nbytes = self._blob_nbytes if slot.kept_nbytes is None else slot.kept_nbytes
         if not slot.is_streamed:
             self.counters.wasted_nbytes += moved_nbytes
             self.worth.wasted(slot.expert.layer, moved_nbytes / self._blob_nbytes, self.pace.link_busy_share)
 
-    def steal(self, layer: int) -> Slot | None:
-        """A slot for a demand load where everything else is pinned: the prefetch that is wanted last gives way."""
-        mine = [slot for slot in self._loading.values() if slot.pins == 0]
-        for slot in sorted(mine, key=lambda slot: slot.load.rank if slot.load is not None else 0.0, reverse=True):
-            self.stop([slot])
-            taken = self._table.take(layer)
-            if taken is not None:
-                return taken
-        return None
+    def least_wanted(self, layer: int) -> Slot | None:
+        """The prefetch under way whose expert is needed last, of those whose slot this layer may use."""
+        mine = [slot for slot in self._loading.values() if slot.pins == 0 and self._table.may_use(layer, slot)]
+        return max(mine, key=lambda slot: slot.load.rank if slot.load is not None else 0.0, default=None)
+
+    def begin_step(self, is_prefill: bool) -> None:
+        """What does not change within a step is looked up once, so that a trace can say it."""
+        self.pace.begin_step(changes_phase=is_prefill != self.is_prefill)
+        self.is_prefill = is_prefill
+        self.link_bytes_per_s = self._transfers.link_bytes_per_s() or 0.0
 
     def top_up(self) -> None:
         """Hands the link what it can carry until the next look."""
-        queued_nbytes = self._transfers.queued_nbytes()
+        # Not what the link says is queued: that depends on how far it happens to be with the chunk under way.
+        queued_nbytes = len(self._loading) * self._blob_nbytes
         self.pace.looked_at_link(queued_nbytes > 0)
         room_nbytes = self._room_nbytes() - queued_nbytes
         if room_nbytes <= 0:
@@ -174,8 +192,7 @@ class Prefetcher:
                 return
 
     def _room_nbytes(self) -> float:
-        rate, layer_s = self._transfers.link_bytes_per_s(), self.pace.layer_s
-        until_next_look_nbytes = rate * layer_s if rate is not None and layer_s is not None else 0.0
+        until_next_look_nbytes = self.link_bytes_per_s * (self.pace.layer_s or 0.0)
         return max(FEWEST_QUEUED_BLOBS * self._blob_nbytes, until_next_look_nbytes + self._blob_nbytes)
 
     def _candidates(self) -> Iterator[Candidate]:
@@ -225,7 +242,7 @@ class Prefetcher:
                 if score < LEAST_PROBABILITY:
                     break
                 slot = self._table.find(visit.layer, expert)
-                if slot is None or (slot.load is not None and slot.load.state is LoadState.PAUSED):
+                if slot is None or slot.kept_nbytes is not None:
                     wanted.append((-score, visit.distance, visit, expert))
         if not wanted:
             return
@@ -249,11 +266,10 @@ class Prefetcher:
 
     def _num_carried(self, distance: int) -> float:
         """Experts that the link carries before the visit, beside what is queued for earlier ones."""
-        rate, layer_s = self._transfers.link_bytes_per_s(), self.pace.layer_s
-        if rate is None or layer_s is None:
+        if not self.link_bytes_per_s or self.pace.layer_s is None:
             return FEWEST_QUEUED_BLOBS
         # A chunk is worth moving even if the rest is late: never less than one expert.
-        return max(1.0, distance * layer_s * rate / self._blob_nbytes)
+        return max(1.0, distance * self.pace.layer_s * self.link_bytes_per_s / self._blob_nbytes)
 
     def _rank(self, visit: ComingVisit, fraction: float) -> float:
         """Visits in the order they will happen; within one by `fraction`, from 0 to 1."""
@@ -263,30 +279,27 @@ class Prefetcher:
         """False when the expert is there already, or no slot is worth less."""
         expert = candidate.expert
         slot = self._table.find(*expert)
-        if slot is not None:
-            load = slot.load
-            if load is None or load.state is not LoadState.PAUSED or slot.pins:
-                return False
-            load.reason, load.rank = candidate.reason, candidate.rank
-        else:
-            taken = self._table.take(expert.layer, self._worth_of(expert))
-            if taken is None:
+        if slot is None:
+            slot = self._table.take(expert.layer, self._worth_of(expert))
+            if slot is None:
                 return False
             try:
-                load = self._new_load(expert, taken)
+                load = self._new_load(expert, slot)
             except Unavailable:
-                self._table.give_back(taken)
+                self._table.give_back(slot)
                 return False
-            load.reason, load.rank = candidate.reason, candidate.rank
-            self._table.place(taken, load)
+            self._table.place(slot, load)
             self._history.loaded(expert.layer, expert.expert, is_needed=False)
-            slot = taken
-        slot.is_speculative = True
-        slot.is_streamed = candidate.reason is LoadReason.STREAM
+        elif slot.kept_nbytes is None or slot.pins:
+            return False
+        assert slot.load is not None, "a LOADING slot has a load"
+        slot.load.reason, slot.load.rank = candidate.reason, candidate.rank
+        slot.is_speculative, slot.is_streamed = True, candidate.reason is LoadReason.STREAM
         if slot.is_streamed:
-            self.counters.streamed_nbytes += self._blob_nbytes - load.copied_nbytes
+            self.counters.streamed_nbytes += self._blob_nbytes - (slot.kept_nbytes or 0)
+        slot.kept_nbytes = None
         self._loading[expert] = slot
-        self._transfers.submit([load])
+        self._transfers.submit([slot.load])
         self._table.update(slot)
         return True
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from compute_node.device.seam import CopyTicket
 from compute_node.eviction import Scores
-from compute_node.loads import Load, LoadState
+from compute_node.loads import Load
 from compute_node.schedule import SlotSplit
 from promoe.ids import ExpertId
 
@@ -66,6 +66,7 @@ class Slot:
         doomed: its blob was retired, or its load failed, while it was in use; it is given up at its release.
         is_speculative: loaded before anybody needed it, and not needed yet.
         is_streamed: it was loaded as the next layer of a prefill, not for a hint.
+        kept_nbytes: of a load that was taken off the link's queue half way; None when its load is not paused.
     """
 
     index: int
@@ -78,6 +79,7 @@ class Slot:
     doomed: bool = False
     is_speculative: bool = False
     is_streamed: bool = False
+    kept_nbytes: int | None = None
 
 
 class SlotTable:
@@ -148,6 +150,10 @@ class SlotTable:
         self.evictions[victim.layer] += 1
         return self._free[pool].pop()
 
+    def may_use(self, layer: int, slot: Slot) -> bool:
+        """Whether the slot can hold this layer's experts."""
+        return self._split is SlotSplit.GLOBAL or self._pool_of(slot) == layer
+
     def place(self, slot: Slot, load: Load) -> None:
         """A FREE slot that was taken begins to be loaded."""
         expert = load.expert
@@ -163,7 +169,7 @@ class SlotTable:
 
     def arrived(self, slot: Slot) -> None:
         """Its load is over."""
-        slot.state, slot.load = SlotState.READY, None
+        slot.state, slot.load, slot.kept_nbytes = SlotState.READY, None, None
         self.update(slot)
 
     def forget(self, slot: Slot) -> None:
@@ -173,7 +179,7 @@ class SlotTable:
         self.on_given_up(slot)
         del self._slot_of[slot.expert.layer][slot.expert.expert]
         self._may_go_LE[slot.expert] = False
-        slot.state, slot.expert, slot.load = SlotState.FREE, None, None
+        slot.state, slot.expert, slot.load, slot.kept_nbytes = SlotState.FREE, None, None, None
         slot.doomed = slot.is_speculative = False
         self._free[self._pool_of(slot)].append(slot)
 
@@ -212,7 +218,7 @@ class SlotTable:
     def update(self, slot: Slot) -> None:
         """Notes whether the slot may be given up; call it when its load was paused or goes on."""
         assert slot.expert is not None, "a FREE slot is not given up"
-        is_still = slot.state is SlotState.READY or (slot.load is not None and slot.load.state is LoadState.PAUSED)
+        is_still = slot.state is SlotState.READY or slot.kept_nbytes is not None
         self._may_go_LE[slot.expert] = is_still and slot.pins == 0
 
     def states_LE(self) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from compute_node.cache_stats import CacheMetrics, StepRecorder
 from compute_node.acquisition import Acquisition
+from compute_node.cache_stats import CacheMetrics, StepRecorder
 from compute_node.step_ledger import Phase, StepLedger, TokenSpan
 
 NUM_EXPERTS = 6
