@@ -104,7 +104,8 @@ class Recording:
         self._dropped_steps = 0
         # Of the engine thread. Nothing is kept before the first step begins.
         self._began_s = 0.0
-        self._step = 0
+        self._asked_step = 0
+        self._left_out_step = 0
         self._current: _RecordedStep | None = None
 
     # ------------------------------------------------------------------ engine thread
@@ -123,9 +124,12 @@ class Recording:
                 self._hand_over(self._current)
 
     def wanted(self, start: StepStart) -> WantedSamples | None:
-        """Which hidden states of the step that began."""
-        is_recorded = self._current is not None and self._step == start.step
-        if not is_recorded or not self._wish.max_rows:
+        """Which hidden states of the step that begins."""
+        self._asked_step = start.step
+        if self._is_full():
+            self._left_out_step = start.step
+            return None
+        if not self._wish.max_rows:
             return None
         return WantedSamples(self._wish.max_rows, self._wish.layer_input, self._wish.router_input, routing=False)
 
@@ -140,6 +144,8 @@ class Recording:
             self._hand_over(self._current)
 
     def _begin_step(self, event: StepEvent) -> None:
+        if self._beginning is None and self._wish.max_rows and self._asked_step != event.step:
+            return  # opened between the observer's beginning of this step and the cache's: the next one is whole
         if self._current is not None:
             # A step that failed half way, or what the cache noticed between two steps; that goes with the next one.
             if any(isinstance(earlier, StepEvent) for earlier in self._current.events):
@@ -147,14 +153,15 @@ class Recording:
         elif self._beginning is None:
             self._beginning = TraceBeginning(self._snapshot(), time.time())  # unix_s
             self._began_s = event.at_s
-        with self._lock:
-            is_full = self._queued_nbytes >= QUEUE_NBYTES
-            self._dropped_steps += is_full
-        self._step = event.step
-        if is_full:
+        if self._left_out_step == event.step or self._is_full():
+            self._dropped_steps += 1
             self._current = None
         elif self._current is None:
             self._current = _RecordedStep()
+
+    def _is_full(self) -> bool:
+        with self._lock:
+            return self._queued_nbytes >= QUEUE_NBYTES
 
     def _hand_over(self, step: _RecordedStep) -> None:
         """The step is over; what comes before the next one begins belongs to that."""
@@ -236,7 +243,7 @@ class Recording:
 
 
 class TraceRecorder:
-    """A sink of the expert cache and a sampler of the layer observer; the cache is told of each step first.
+    """A sink of the expert cache and a sampler of the layer observer, which is told of each step before the cache.
 
     Args:
         num_layers: MoE layers.

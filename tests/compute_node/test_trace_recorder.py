@@ -70,8 +70,8 @@ def play_step(recorder: TraceRecorder, events: list[TraceEvent], rows: tuple[int
     """One step as the cache and the observer tell it, its hidden states included."""
     (first, *others) = events
     assert isinstance(first, StepEvent)
-    recorder.record(first)
     wanted = recorder.begin_step(StepStart(first.step, first.spans))
+    recorder.record(first)
     for event in others:
         if isinstance(event, LayerEvent) and wanted is not None:
             for kind in (ObservedKind.LAYER_INPUT, ObservedKind.ROUTER_INPUT):
@@ -140,8 +140,8 @@ def test_router_inputs_alone_need_no_last_output() -> None:
     async def scenario() -> None:
         traces = recorder()
         recording = traces.open(TraceWish(1, layer_input=False, router_input=True))
-        traces.record(step[0])
         assert traces.begin_step(StepStart(1, ())) == WantedSamples(1, False, True, routing=False)
+        traces.record(step[0])
         for event in step[1:]:
             if isinstance(event, LayerEvent):
                 traces.take(sample(1, event.layer, ObservedKind.ROUTER_INPUT))
@@ -155,14 +155,20 @@ def test_router_inputs_alone_need_no_last_output() -> None:
     running(scenario)
 
 
-def test_hidden_states_are_asked_for_with_a_recorded_step_only() -> None:
+def test_a_trace_opened_while_a_step_begins_starts_with_the_next_one() -> None:
+    first, second, *_ = steps_of(list(RUN.events()))
+
     async def scenario() -> None:
         traces = recorder()
         assert traces.begin_step(StepStart(1, ())) is None
-        traces.take(sample(1, 0, ObservedKind.LAYER_INPUT))
-        traces.open(EVERYTHING)
-        assert traces.begin_step(StepStart(1, ())) is None  # its beginning was missed
-        traces.take(sample(1, 0, ObservedKind.LAYER_INPUT))
+        recording = traces.open(EVERYTHING)  # the observer has begun the step, the cache has not
+        for event in first:
+            traces.take(sample(1, 0, ObservedKind.LAYER_INPUT))
+            traces.record(event)
+        assert play_step(traces, second) is not None
+        recorded, _ = await read(recording, len(second))
+        assert [event.step for event in recorded if isinstance(event, StepEvent)] == [2]
+        assert all(event.rows for event in recorded if isinstance(event, LayerEvent))
 
     running(scenario)
 
@@ -213,6 +219,19 @@ def test_a_slow_reader_costs_whole_steps_and_they_are_counted() -> None:
         numbers = [step[0].step for step in steps_of(recorded + more) if isinstance(step[0], StepEvent)]
         assert numbers == [*range(1, num_fitting + 1), num_fitting + 11]
         assert all(len(step) == 1 + RUN.num_layers for step in steps_of(recorded + more))
+
+    running(scenario)
+
+
+def test_a_step_that_is_left_out_costs_no_samples() -> None:
+    num_fitting = QUEUE_NBYTES // STEP_NBYTES
+    steps = heavy_steps(num_fitting + 1)
+
+    async def scenario() -> None:
+        traces = recorder()
+        traces.open(EVERYTHING)
+        wanted = [play_step(traces, step) for step in steps]
+        assert [each is None for each in wanted] == [False] * num_fitting + [True]
 
     running(scenario)
 
