@@ -17,8 +17,10 @@ from typing import Final
 from uuid import uuid4
 
 import grpc
+import torch
 from google.protobuf.message import DecodeError
 
+from compute_node.expert_weights import TORCH_DTYPES
 from compute_node.hint_checks import fault_of
 from compute_node.hint_inbox import HintInbox, ReceivedHint
 from compute_node.hint_session import MAX_ROWS, HintSession, HintTraffic, OutgoingEvent
@@ -29,10 +31,11 @@ from promoe.hint_wire import (
     decode_hint,
     decode_version,
     encode_observation,
+    encode_raw_tensor,
     encode_requests_ended,
     encode_step_start,
 )
-from promoe.model_spec import ModelSpec
+from promoe.model_spec import Dtype, ModelSpec
 from promoe.rpc import CHANNEL_OPTIONS, INFO_DEADLINE_S, domain_error
 from promoe.trace_events import HintFate
 from promoe.v1 import model_pb2
@@ -41,6 +44,8 @@ from promoe.v1 import predictor_pb2_grpc as pb_grpc
 from promoe.wire import SCHEMA_VERSION, check_schema, encode_spec
 
 logger = logging.getLogger(__name__)
+
+_DTYPES: Final = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 
 _MAX_RESPONSE_NBYTES: Final = 1 << 20
 
@@ -175,7 +180,7 @@ class HintClient:
 
     def _encode(self, event: OutgoingEvent) -> pb.PredictRequest:
         if isinstance(event, LayerSample):
-            return pb.PredictRequest(observation=encode_observation(event.observation(), self._spec.layout.dtype))
+            return pb.PredictRequest(observation=_encode_sample(event))
         if isinstance(event, StepStart):
             return pb.PredictRequest(step_start=encode_step_start(event))
         return pb.PredictRequest(requests_ended=encode_requests_ended(event))
@@ -301,6 +306,16 @@ class HintClient:
         self._said = type(error)
         reason = str(error).rstrip(".")
         logger.warning("The predictor at %s is away: %s. The expert cache only reacts.", self.endpoint, reason)
+
+
+def _encode_sample(sample: LayerSample) -> pb.Observation:
+    """Waits for the copy; hidden states go out as they are, without a detour over float32."""
+    message = encode_observation(sample.observation(), Dtype.FLOAT32)
+    if sample.hidden is not None:
+        hidden_RD = sample.hidden.wait()
+        data = hidden_RD.view(torch.uint8).numpy().tobytes()
+        message.hidden.CopyFrom(encode_raw_tensor(data, hidden_RD.shape, _DTYPES[hidden_RD.dtype]))
+    return message
 
 
 def _welcome(session: HintSession, message: pb.PredictWelcome) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from compute_node.device.seam import HostCopy
 from promoe.hint import LayerRouting, Observation, ObservedKind, StepSpan, StepStart
 
@@ -53,16 +51,8 @@ class LayerSample:
     routings: tuple[LayerRouting, ...]
 
     def observation(self) -> Observation:
-        """For a predictor; blocks until the hidden states are on the host, so never on the engine thread."""
-        hidden = self.hidden
-        return Observation(
-            step=self.step,
-            layer=self.layer,
-            rows=self.rows,
-            num_tokens=self.num_tokens,
-            hidden_RD=None if hidden is None else hidden.wait().to(torch.float32).numpy(),
-            routings=self.routings,
-        )
+        """For a predictor, without the hidden states: those travel in the model's dtype."""
+        return Observation(self.step, self.layer, self.rows, self.num_tokens, None, self.routings)
 
 
 class LayerSampler(Protocol):

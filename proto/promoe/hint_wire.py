@@ -4,6 +4,7 @@ Decoding checks the structure (what cannot be turned into the noun at all), not 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -48,7 +49,12 @@ def encode_tensor(values: Float32Array, dtype: Dtype) -> predictor_pb2.Tensor:
             data = values.astype(_FLOAT16).tobytes()
     else:
         data = _bfloat16_bits(values).tobytes()
-    return predictor_pb2.Tensor(dtype=DTYPE_TO_WIRE[dtype], shape=values.shape, data=data)
+    return encode_raw_tensor(data, values.shape, dtype)
+
+
+def encode_raw_tensor(data: bytes, shape: Sequence[int], dtype: Dtype) -> predictor_pb2.Tensor:
+    """To the wire, from what is little-endian and row-major already."""
+    return predictor_pb2.Tensor(dtype=DTYPE_TO_WIRE[dtype], shape=shape, data=data)
 
 
 def decode_tensor(message: predictor_pb2.Tensor) -> Float32Array:
