@@ -65,6 +65,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         unary_errors: raised by the next unary calls (GetInfo excepted), one each.
         info_errors: raised by the next GetInfo calls, one each.
         trace_script: what every Trace call does.
+        predictor: what GetInfo says of the node's predictor.
         requests, trace_requests: Generate and Trace requests so far.
         num_info_calls: GetInfo calls so far.
         hung_up: set when a client left a hanging call.
@@ -83,6 +84,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.num_info_calls = 0
         self.schema_version = SCHEMA_VERSION
         self.instance_id = "i1"
+        self.predictor = inference_pb2.PredictorLink()
         self.hung_up = threading.Event()
         self.hanging = threading.Event()
 
@@ -111,6 +113,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             store=inference_pb2.StoreLink(
                 endpoint="unix:/x", state=inference_pb2.STORE_STATE_FROZEN, arena_uuid="u", arena_kind="memfd"
             ),
+            predictor=self.predictor,
         )  # fmt: skip
 
     async def Generate(

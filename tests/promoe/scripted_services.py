@@ -1,7 +1,8 @@
-"""An expert store and a compute node without a model, as modules that a supervisor can start.
+"""An expert store, a compute node and a predictor without a model, as modules that a supervisor can start.
 
     python -m tests.promoe.scripted_services store ENDPOINT
-    python -m tests.promoe.scripted_services node ENDPOINT [stubborn]
+    python -m tests.promoe.scripted_services node ENDPOINT [stubborn] [predicted]
+    python -m tests.promoe.scripted_services predictor ENDPOINT
 
 Each appends its name to `stopped.txt` beside its log when it stops by itself.
 """
@@ -14,7 +15,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from promoe.rpc import RpcServer
-from promoe.v1 import expert_store_pb2, expert_store_pb2_grpc, model_pb2
+from promoe.v1 import expert_store_pb2, expert_store_pb2_grpc, inference_pb2, model_pb2, predictor_pb2
 from promoe.wire import SCHEMA_VERSION
 from tests.promoe.scripted_inference import HELLO, ScriptedInference, ScriptedNode
 
@@ -67,8 +68,15 @@ async def _serve_store(endpoint: str, stopped: asyncio.Event) -> None:
     await rpc.stop(0)
 
 
-async def _serve_node(endpoint: str, stopped: asyncio.Event) -> None:
-    async with ScriptedNode(ScriptedInference(HELLO), endpoint):
+async def _serve_node(endpoint: str, stopped: asyncio.Event, is_predicted: bool) -> None:
+    inference = ScriptedInference(HELLO)
+    if is_predicted:
+        inference.predictor = inference_pb2.PredictorLink(
+            endpoint="unix:/p",
+            state=inference_pb2.PREDICTOR_STATE_CONNECTED,
+            active=predictor_pb2.PredictorVersion(version="frequency@1", predictor="frequency", lookaheads=[4]),
+        )
+    async with ScriptedNode(inference, endpoint):
         await stopped.wait()
 
 
@@ -80,7 +88,12 @@ async def _serve(kind: str, endpoint: str, *manners: str) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     sys.stdout.write(f"{kind} {os.getpid()} serves\n")
     sys.stdout.flush()
-    await (_serve_store if kind == "store" else _serve_node)(endpoint, stopped)
+    if kind == "store":
+        await _serve_store(endpoint, stopped)
+    elif kind == "node":
+        await _serve_node(endpoint, stopped, "predicted" in manners)
+    else:
+        await stopped.wait()
     with (Path(endpoint.removeprefix("unix:")).parent / "stopped.txt").open("a") as file:
         file.write(f"{kind}\n")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from promoe.cli import stack as stack_module
 from promoe.cli.pack_cache import PackPlan, ToolCommand
 from promoe.cli.run_dir import RunDir
 from promoe.cli.stack import Stack
@@ -63,6 +64,7 @@ class Bench:
         self.node_module = SERVICES
         self.node_manners: tuple[str, ...] = ()
         self.stop_deadline_s = 20.0
+        self.predictor_module: str | None = None
 
     def make(self) -> Stack:
         endpoint = f"unix:{self.folder}/node.sock"
@@ -76,7 +78,12 @@ class Bench:
         store = ServiceCommand(
             "expert store", SERVICES, ("store", self.run_dir.store_endpoint), self.run_dir.log("store"), 20.0
         )
-        return Stack(StackPlan(self.pack, endpoint, store, node), self.run_dir, self.view, self.stop)
+        predictor = None
+        if self.predictor_module is not None:
+            log = self.run_dir.log("predictor")
+            arguments = ("predictor", self.run_dir.predictor_endpoint)
+            predictor = ServiceCommand("predictor", self.predictor_module, arguments, log, 20.0)
+        return Stack(StackPlan(self.pack, endpoint, store, node, predictor), self.run_dir, self.view, self.stop)
 
     def pid_of(self, name: str) -> int:
         """The service's newest process, from its log."""
@@ -141,6 +148,66 @@ def test_a_service_that_crashes_is_restarted_and_told(bench: Bench, name: str, t
         watch_until(stack, lambda: bench.view.phase("ready").state is PhaseState.DONE)
         assert bench.pid_of(name) != first
         assert bench.phase_in_state() == "ready"
+    finally:
+        stack.take_down()
+
+
+def test_the_predictor_starts_beside_the_others_and_stops_after_the_node(bench: Bench) -> None:
+    bench.predictor_module = SERVICES
+    bench.node_manners = ("predicted",)
+    stack = bench.make()
+    assert stack.bring_up()
+    assert bench.view.phase("ready").detail.endswith("predictor frequency@1")
+    assert psutil.pid_exists(bench.pid_of("predictor"))
+    stack.take_down()
+    assert (bench.folder / "stopped.txt").read_text().split() == ["node", "predictor", "store"]
+    assert bench.view.notes == []
+
+
+def test_a_predictor_that_crashes_is_restarted_and_told_once_while_the_stack_stays_ready(bench: Bench) -> None:
+    bench.predictor_module = SERVICES
+    bench.node_manners = ("predicted",)
+    stack = bench.make()
+    try:
+        assert stack.bring_up()
+        pids = {bench.pid_of("predictor")}
+        for num_lives in (2, 3):
+            os.kill(bench.pid_of("predictor"), signal.SIGKILL)
+            watch_until(stack, lambda: bench.pid_of("predictor") not in pids)
+            pids.add(bench.pid_of("predictor"))
+            assert len(pids) == num_lives
+        (note,) = bench.view.notes
+        assert note.startswith("The predictor was killed by SIGKILL")
+        assert "meanwhile no experts are predicted" in note
+        assert bench.view.phase("ready").state is PhaseState.DONE
+        assert bench.phase_in_state() == "ready"
+    finally:
+        stack.take_down()
+
+
+def test_a_predictor_that_never_starts_delays_nothing_and_is_told_with_its_last_words(bench: Bench) -> None:
+    bench.predictor_module = "this"
+    stack = bench.make()
+    try:
+        assert stack.bring_up()
+        assert "no predictor" in bench.view.phase("ready").detail
+        watch_until(stack, lambda: bool(bench.view.notes))
+        assert "Namespaces are one honking great idea" in bench.view.notes[0]
+    finally:
+        stack.take_down()
+    assert (bench.folder / "stopped.txt").read_text().split() == ["node", "store"]
+
+
+def test_a_predictor_that_the_node_never_reaches_is_not_waited_for_long(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stack_module, "PREDICTOR_GRACE_S", 0.2)
+    bench.predictor_module = SERVICES
+    stack = bench.make()
+    try:
+        assert stack.bring_up()
+        assert bench.view.phase("ready").state is PhaseState.DONE
+        assert bench.view.notes == []
     finally:
         stack.take_down()
 

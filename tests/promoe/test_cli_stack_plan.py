@@ -41,6 +41,30 @@ def test_both_services_get_the_same_settings() -> None:
     assert (plan.store.module, plan.node.module) == ("expert_store", "compute_node")
 
 
+def test_a_predictor_is_started_where_the_node_looks_for_it() -> None:
+    plan = plan_with("predictor.predictor=frequency", "predictor.drain_deadline_s=20")
+    assert plan.predictor is not None
+    assert (plan.predictor.module, plan.predictor.name) == ("predictor_service", "predictor")
+    assert plan.predictor.arguments == plan.node.arguments
+    assert plan.predictor.stop_deadline_s == 30
+    assert plan.predictor.log == RUN_DIR.log("predictor")
+    settings = settings_of(plan.predictor.arguments)
+    assert settings.asked("predictor", "predictor", str) == "frequency"
+    assert settings.asked("predictor", "pack", Path) == Path("/packs/demo")
+    for section, key in (("predictor", "listen"), ("compute", "predictor_endpoint")):
+        assert settings.asked(section, key, str) == RUN_DIR.predictor_endpoint
+    assert plan_with().predictor is not None
+
+
+def test_no_predictor_is_started_for_none_or_beside_another_one() -> None:
+    plan = plan_with("predictor.predictor=none")
+    assert plan.predictor is None
+    assert settings_of(plan.node.arguments).asked("compute", "predictor_endpoint", str) is None
+    elsewhere = plan_with("compute.predictor_endpoint=unix:/x/p.sock")
+    assert elsewhere.predictor is None
+    assert settings_of(elsewhere.node.arguments).asked("compute", "predictor_endpoint", str) == "unix:/x/p.sock"
+
+
 @given(
     st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1, max_size=20).map(str.strip)
 )
@@ -102,6 +126,7 @@ def test_the_flags_of_up_come_after_its_settings() -> None:
         device="cpu",
         listen="127.0.0.1:1",
         link_bytes_per_s=10**9,
+        predictor="transition",
         settings=["compute.cache_rate=1.0", "log.level=debug"],
     )
     settings = Settings(None, options.assignments())
@@ -111,4 +136,5 @@ def test_the_flags_of_up_come_after_its_settings() -> None:
     assert settings.asked("compute", "device", str) == "cpu"
     assert settings.asked("compute", "link_bytes_per_s", float) == 10**9
     assert settings.asked("log", "level", str) == "debug"
+    assert settings.asked("predictor", "predictor", str) == "transition"
     assert UpOptions().assignments() == ()

@@ -169,6 +169,19 @@ def test_a_long_life_starts_a_new_row_of_crashes(make_service: Callable[..., Ser
     wait_for(has_crashed_often)
 
 
+def test_without_a_limit_it_is_restarted_for_ever(make_service: Callable[..., Service]) -> None:
+    service = make_service("", RestartPolicy(max_restarts=None, first_delay_s=0.0, max_delay_s=0.0))
+    service.start()
+
+    def has_crashed_often() -> bool:
+        service.watch()
+        return service.crashes_in_row >= 7
+
+    wait_for(has_crashed_often)
+    service.crashes_in_row = 10**6  # years later
+    wait_for(lambda: service.watch() is None and service.crashes_in_row > 10**6)  # type: ignore[func-returns-value]
+
+
 def test_an_end_before_it_was_ready_is_told_at_once(make_service: Callable[[str], Service]) -> None:
     service = make_service("raise SystemExit('error: pack is damaged')")
     service.start()

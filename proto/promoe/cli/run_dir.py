@@ -21,7 +21,7 @@ DEFAULT_LISTEN: Final = "127.0.0.1:50051"
 _STATE_FILE: Final = "stack.json"
 _LOCK_FILE: Final = "stack.lock"
 # The longest name of a socket that anybody makes in here.
-_LONGEST_SOCKET_NAME: Final = "store.sock.lock"
+_LONGEST_SOCKET_NAME: Final = "predictor.sock.lock"
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class RunDir:
     def store_endpoint(self) -> str:
         """Where a stack in this folder has its store."""
         return f"unix:{self.path / 'store.sock'}"
+
+    @property
+    def predictor_endpoint(self) -> str:
+        """Where a stack in this folder has its predictor."""
+        return f"unix:{self.path / 'predictor.sock'}"
 
     def log(self, name: str) -> Path:
         """The log file of a service."""

@@ -11,7 +11,7 @@ from promoe.cli.stack_plan import StackPlan
 from promoe.cli.stack_view import PhaseLine, PhaseState, StackStatus, StackView
 from promoe.cli.stop_signals import StopSignals
 from promoe.cli.store_calls import FillState, StoreInfo, store_info
-from promoe.cli.supervisor import Service, ServiceState
+from promoe.cli.supervisor import RestartPolicy, Service, ServiceState
 from promoe.cli.tool_run import make_pack
 from promoe.client import Client
 from promoe.errors import EXIT_PACK_DAMAGED, DeadlineExceeded, Overloaded, PackDamaged, PromoeError, Unavailable
@@ -21,13 +21,17 @@ from promoe.retry import RetryPolicy
 _POLL_S: Final = 0.1
 _PROBE_DEADLINE_S: Final = 1.0
 _FIGURES_INTERVAL_S: Final = 1.0
+PREDICTOR_GRACE_S: Final = 3.0
+"""A serving node's first tokens wait so long at most for the predictor to be connected."""
+_BEST_EFFORT: Final = RestartPolicy(max_restarts=None, max_delay_s=60.0)
+"""Without the predictor everything works, only slower: it never takes the stack down, however often it ends."""
 _ONCE: Final = RetryPolicy(max_attempts=1)
 # A probe of a service that is starting, restarting or busy.
 _NOT_NOW: Final = (Unavailable, Overloaded, DeadlineExceeded)
 
 
 class Stack:
-    """The expert store and the compute node of one run folder, which the caller holds."""
+    """The services of one run folder, which the caller holds: store and node, and the predictor as a best effort."""
 
     def __init__(self, plan: StackPlan, run_dir: RunDir, view: StackView, stop: StopSignals) -> None:
         self.plan = plan
@@ -36,6 +40,7 @@ class Stack:
         self._stop = stop
         self._store = Service(plan.store)
         self._node = Service(plan.node)
+        self._predictor = Service(plan.predictor, _BEST_EFFORT) if plan.predictor else None
         self._phases = {name: PhaseLine(name) for name in ("pack", "fill", "load", "ready")}
         self._footer = ""
         self._begin_s = time.perf_counter()
@@ -72,14 +77,15 @@ class Stack:
             if service.num_crashes > crashes_before:
                 self._view.note(f"{service.ending()} It is being restarted.")
                 self._show("ready", PhaseState.RUNNING, f"restarting the {service.command.name}")
+        self._watch_predictor()
         if time.perf_counter() >= self._next_figures_s:
             self._next_figures_s = time.perf_counter() + _FIGURES_INTERVAL_S
             self._refresh_figures()
 
     def take_down(self) -> None:
-        """Stops the node (it drains) and then the store; a second signal kills them."""
+        """Stops the node (it drains), the predictor, and then the store; a second signal kills them."""
         self._footer = ""
-        for service in (self._node, self._store):
+        for service in (self._node, *((self._predictor,) if self._predictor else ()), self._store):
             if not service.is_gone:
                 hurry = "; Ctrl-C again does not wait" if self._stop.asked else ""
                 self._show("stop", PhaseState.RUNNING, f"stopping the {service.command.name}{hurry}")
@@ -87,6 +93,16 @@ class Stack:
             service.kill()
         if "stop" in self._phases:
             self._show("stop", PhaseState.DONE, "stopped")
+
+    def _watch_predictor(self) -> None:
+        """Restarts it as often as need be; of a row of crashes only the first is told."""
+        predictor = self._predictor
+        if predictor is None:
+            return
+        crashes_before = predictor.num_crashes
+        predictor.watch()
+        if predictor.num_crashes > crashes_before and predictor.crashes_in_row == 1:
+            self._view.note(f"{predictor.obituary()}\nIt is being restarted; meanwhile no experts are predicted.")
 
     def _stop_service(self, service: Service) -> None:
         """Waits until it has stopped, its deadline has passed, or a second signal came."""
@@ -117,6 +133,8 @@ class Stack:
     def _bring_services(self) -> bool:
         self._begin_s = time.perf_counter()
         self._store.start()
+        if self._predictor is not None:
+            self._predictor.start()
         full = serving = False
         while not (full and serving):
             if self._stop.asked:
@@ -126,9 +144,25 @@ class Stack:
             if self._node.state is ServiceState.RUNNING:
                 self._node.check_alive()
                 serving = serving or self._look_at_load()
+            self._watch_predictor()
             self._stop.wait(_POLL_S)
+        self._wait_for_predictor()
         self._show_ready()
         return True
+
+    def _wait_for_predictor(self) -> None:
+        """So that the first answer has hints, unless the predictor is in trouble."""
+        end_s = time.perf_counter() + PREDICTOR_GRACE_S
+        predictor = self._predictor
+        while predictor is not None and predictor.num_crashes == 0 and time.perf_counter() < end_s:
+            try:
+                with Client(self.plan.endpoint, _ONCE) as client:
+                    if self._stop.asked or client.info().predictor.active is not None:
+                        return
+            except _NOT_NOW:
+                return
+            self._watch_predictor()
+            self._stop.wait(_POLL_S)
 
     def _look_at_fill(self) -> bool:
         """True when every expert is in the arena. The node is started as soon as the store answers."""
@@ -165,6 +199,8 @@ class Stack:
         try:
             with Client(self.plan.endpoint, _ONCE) as client:
                 figures = node_figures(client.cache_stats(deadline_s=_PROBE_DEADLINE_S))
+                if self._phases["ready"].state is PhaseState.DONE:
+                    self._show_ready()  # the predictor may have come or gone
             if services_run and self._phases["ready"].state is PhaseState.RUNNING:
                 store_info(self._run_dir.store_endpoint, _PROBE_DEADLINE_S)
                 self._show_ready()
@@ -214,8 +250,17 @@ def ready_phrase(endpoint: str, info: NodeInfo) -> str:
         link = f", emulated link of {format_bytes_per_s(info.device.emulated_link_bytes_per_s)}"
     return (
         f"{model.name} on {endpoint} ({info.device.kind}{link}): {shape.slots_per_layer} of {model.num_experts} "
-        f"experts per layer on the device (cache rate {shape.cache_rate:.3g}, {shape.eviction})"
+        f"experts per layer on the device (cache rate {shape.cache_rate:.3g}, {shape.eviction}), "
+        f"{predictor_phrase(info)}"
     )
+
+
+def predictor_phrase(info: NodeInfo) -> str:
+    """Who predicts, or that nobody does."""
+    link = info.predictor
+    if link.active is not None:
+        return f"predictor {link.active.version}"
+    return f"predictor {link.state.value}" if link.endpoint else "no predictor"
 
 
 def _fill_phrase(info: StoreInfo) -> str:

@@ -15,7 +15,11 @@ from promoe.errors import AlreadyRunning, InvalidInput
 # A service stops by itself within its own drain deadline; only then do we lose patience.
 _STORE_STOP_DEADLINE_S: Final = 15.0
 _NODE_STOP_DEADLINE_S: Final = 60.0
+_PREDICTOR_STOP_DEADLINE_S: Final = 15.0
 _STOP_SLACK_S: Final = 10.0
+
+NO_PREDICTOR: Final = "none"
+"""The name of the predictor that makes no hints: then none is started."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,14 @@ class StackPlan:
         endpoint: where clients on this machine find the compute node.
         store: the expert store's command.
         node: the compute node's command.
+        predictor: the predictor service's command; None when the node is to have none, or one that runs elsewhere.
     """
 
     pack: PackPlan
     endpoint: str
     store: ServiceCommand
     node: ServiceCommand
+    predictor: ServiceCommand | None = None
 
 
 def plan_stack(pack: PackPlan, run_dir: RunDir, config: Path | None, assignments: Sequence[str]) -> StackPlan:
@@ -45,23 +51,38 @@ def plan_stack(pack: PackPlan, run_dir: RunDir, config: Path | None, assignments
     settings = Settings(config, assignments)
     listen = _with_port(settings.asked("compute", "listen", str) or DEFAULT_LISTEN)
     asked = (*(("--config", str(config.absolute())) if config else ()), *_set_flags(assignments))
-    both = {"store.pack": str(pack.pack_dir), "compute.pack": str(pack.pack_dir)}
     needs = {
-        **both,
+        **dict.fromkeys(("store.pack", "compute.pack", "predictor.pack"), str(pack.pack_dir)),
         "store.run_dir": str(run_dir.path),
         "store.listen": run_dir.store_endpoint,
         "compute.store_endpoint": run_dir.store_endpoint,
         "compute.listen": listen,
     }
+    has_predictor = _wants_predictor(settings)
+    if has_predictor:
+        needs |= dict.fromkeys(("predictor.listen", "compute.predictor_endpoint"), run_dir.predictor_endpoint)
     arguments = (*asked, *_set_flags([f"{key}={value}" for key, value in needs.items()]))
-    store_stop_s = _stop_deadline_s(settings, "store", _STORE_STOP_DEADLINE_S)
-    node_stop_s = _stop_deadline_s(settings, "compute", _NODE_STOP_DEADLINE_S)
+
+    def command(name: str, module: str, section: str, stop_deadline_s: float) -> ServiceCommand:
+        log = run_dir.log("node" if section == "compute" else section)
+        stop_deadline_s = _stop_deadline_s(settings, section, stop_deadline_s)
+        return ServiceCommand(name, module, arguments, log, stop_deadline_s)
+
     return StackPlan(
         pack=pack,
         endpoint=_reachable(listen),
-        store=ServiceCommand("expert store", "expert_store", arguments, run_dir.log("store"), store_stop_s),
-        node=ServiceCommand("compute node", "compute_node", arguments, run_dir.log("node"), node_stop_s),
+        store=command("expert store", "expert_store", "store", _STORE_STOP_DEADLINE_S),
+        node=command("compute node", "compute_node", "compute", _NODE_STOP_DEADLINE_S),
+        predictor=command("predictor", "predictor_service", "predictor", _PREDICTOR_STOP_DEADLINE_S)
+        if has_predictor
+        else None,
     )
+
+
+def _wants_predictor(settings: Settings) -> bool:
+    """False for the predictor `none`, and for a node that is given the endpoint of another one."""
+    is_elsewhere = bool(settings.asked("compute", "predictor_endpoint", str))
+    return not is_elsewhere and settings.asked("predictor", "predictor", str) != NO_PREDICTOR
 
 
 def check_port_free(endpoint: str) -> None:

@@ -91,6 +91,7 @@ def _table(report: StackReport) -> Table:
         table.add_row("", f"{node.engine.value} engine: {node.engine_reason}")
         table.add_row("", f"{node.device.name}: {node.device.reason}")
         table.add_row("", f"store {node.store.state.value}, link {node.device.link}")
+        table.add_row("predictor", _predictor_row(node))
     if report.store is not None:
         table.add_row("store", _store_phrase(report.store))
     if report.store_stats is not None:
@@ -110,6 +111,14 @@ def _model_phrase(node: NodeInfo) -> str:
         f"{model.name} ({model.family}): {model.num_moe_layers} MoE layers × {model.num_experts} experts, "
         f"{model.experts_per_token} per token, {format_nbytes(model.experts_nbytes)} in {model.dtype.value}"
     )
+
+
+def _predictor_row(node: NodeInfo) -> str:
+    link = node.predictor
+    if link.active is None:
+        return f"{link.state.value}: {link.endpoint}" if link.endpoint else "none"
+    distance = ", ".join(map(str, link.active.lookaheads)) or "none"
+    return f"{link.active.version} at {link.endpoint}: {link.state.value}, lookahead {distance}"
 
 
 def _store_phrase(store: StoreInfo) -> str:

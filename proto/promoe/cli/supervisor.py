@@ -14,6 +14,7 @@ from typing import Final
 from promoe.errors import Unavailable
 
 _LAST_WORDS: Final = 12
+_MAX_DOUBLINGS: Final = 30
 MAX_LOG_NBYTES: Final = 8 << 20
 """A longer log is begun anew, and one former log is kept: run folders often lie in memory."""
 
@@ -42,13 +43,13 @@ class RestartPolicy:
     """After a crash.
 
     Attributes:
-        max_restarts: crashes in a row that are answered with a restart.
+        max_restarts: crashes in a row that are answered with a restart; None: all.
         first_delay_s: pause before the first restart; doubles each time.
         max_delay_s: longest pause.
         stable_s: a process that lived this long starts a new row.
     """
 
-    max_restarts: int = 5
+    max_restarts: int | None = 5
     first_delay_s: float = 0.5
     max_delay_s: float = 10.0
     stable_s: float = 60.0
@@ -76,9 +77,9 @@ class Service:
         self.command = command
         self.state = ServiceState.STOPPED
         self.num_crashes = 0
+        self.crashes_in_row = 0
         self._policy = policy or RestartPolicy()
         self._process: subprocess.Popen[bytes] | None = None
-        self._crashes_in_row = 0
         self._started_s = 0.0
         self._restart_at_s = 0.0
         self._log_offset = 0
@@ -114,13 +115,13 @@ class Service:
         now_s = time.perf_counter()
         if self.state is ServiceState.RUNNING and self.exit_code() is not None:
             if now_s - self._started_s >= self._policy.stable_s:
-                self._crashes_in_row = 0
+                self.crashes_in_row = 0
             self.num_crashes += 1
-            self._crashes_in_row += 1
-            if self._crashes_in_row > self._policy.max_restarts:
+            self.crashes_in_row += 1
+            if self._policy.max_restarts is not None and self.crashes_in_row > self._policy.max_restarts:
                 self.state = ServiceState.FAILED
                 raise Unavailable(f"{self.obituary()}\nIt was restarted {self._policy.max_restarts} times in vain.")
-            delay_s = self._policy.first_delay_s * 2.0 ** (self._crashes_in_row - 1)
+            delay_s = self._policy.first_delay_s * 2.0 ** min(self.crashes_in_row - 1, _MAX_DOUBLINGS)
             self._restart_at_s = now_s + min(delay_s, self._policy.max_delay_s)
             self.state = ServiceState.BACKOFF
         elif self.state is ServiceState.BACKOFF and now_s >= self._restart_at_s:

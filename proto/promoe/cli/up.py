@@ -42,6 +42,9 @@ class UpOptions:
         int | None,
         typer.Option(parser=rate, metavar="RATE", help="Plays a slower link on the CPU, for example 25GB/s."),
     ] = None
+    predictor: Annotated[
+        str | None, typer.Option(help="Who predicts experts: auto (the best for the model), none, or a plug-in's name.")
+    ] = None
     config: Annotated[Path | None, typer.Option(help="TOML file with the services' settings.")] = None
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; may be repeated.")
@@ -59,6 +62,7 @@ class UpOptions:
             "compute.device": self.device,
             "compute.listen": self.listen,
             "compute.link_bytes_per_s": self.link_bytes_per_s,
+            "predictor.predictor": self.predictor,
         }
         return (*(self.settings or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None))
 
