@@ -18,6 +18,7 @@ class Acquisition:
         loaded_nbytes: bytes asked from the transfer engine when the routing was known.
         late: those of `misses` whose load was under way.
         late_stall_s: the part of `stall_s` that was spent on `late`.
+        ready: all experts of the layer that were READY when the routing became known, needed or not.
         pinned: slots by expert; the cache's business.
     """
 
@@ -28,4 +29,5 @@ class Acquisition:
     loaded_nbytes: int = 0
     late: tuple[int, ...] = ()
     late_stall_s: float = 0.0
+    ready: tuple[int, ...] = ()
     pinned: dict[int, Slot] = field(default_factory=dict)

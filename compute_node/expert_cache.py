@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compute_node.acquisition import Acquisition
-from compute_node.eviction import eviction_named
+from compute_node.eviction import eviction_named, scores_by
 from compute_node.expert_feed import ComputeMarks, ExpertFeed, FeedParts
 from compute_node.expert_history import ExpertHistory, FloatArray
 from compute_node.hint_inbox import HintInbox
@@ -107,9 +107,12 @@ class ExpertCache:
         self._lock = threading.Condition(threading.RLock())
         self._computing_thread: int | None = None
         self._history = ExpertHistory(geometry.num_layers, geometry.num_experts, geometry.experts_per_token)
-        eviction = eviction_named(policy.eviction)
         self._table = SlotTable(
-            slot_addresses, geometry, policy.slot_split, lambda layers: eviction(self._history, layers), self._idle
+            slot_addresses,
+            geometry,
+            policy.slot_split,
+            scores_by(eviction_named(policy.eviction), self._history),
+            self._idle,
         )
         self._prefetcher = Prefetcher(policy, self._table, self._history, self._transfers, self._new_load)
         self.sinks: list[Callable[[TraceEvent], None]] = []
@@ -384,4 +387,5 @@ def _layer_event(
         misses=acquisition.misses,
         late=acquisition.late,
         stall_s=acquisition.stall_s,
+        ready=acquisition.ready,
     )

@@ -58,6 +58,7 @@ class ExpertFeed:
         late: list[Slot] = []
         absent: list[int] = []
         pinned: dict[int, Slot] = {}
+        ready = self._parts.table.ready(layer)
         for expert in needed:
             slot = self._parts.table.find(layer, expert)
             if slot is None:
@@ -72,7 +73,9 @@ class ExpertFeed:
                 late.append(slot)
         late.sort(key=_when_expected)
         late_experts = tuple(slot.expert.expert for slot in late if slot.expert is not None)
-        acquisition = Acquisition(layer, tuple(hits), (*late_experts, *absent), late=late_experts, pinned=pinned)
+        acquisition = Acquisition(
+            layer, tuple(hits), (*late_experts, *absent), late=late_experts, ready=ready, pinned=pinned
+        )
         if self._policy.early_preemption or self._policy.serial:
             for slot in late:
                 self._parts.prefetcher.urge(slot)

@@ -126,6 +126,10 @@ class SlotTable:
         """The layer's slots that are not FREE."""
         return list(self._slot_of[layer].values())
 
+    def ready(self, layer: int) -> tuple[int, ...]:
+        """The layer's experts that are READY."""
+        return tuple(expert for expert, slot in self._slot_of[layer].items() if slot.state is SlotState.READY)
+
     def take(self, layer: int, worth: float | None = None) -> Slot | None:
         """A FREE slot for an expert of this layer, or one that is given up for it; None when there is none.
 
@@ -137,12 +141,10 @@ class SlotTable:
         if self._free[pool]:
             return self._free[pool].pop()
         layers = slice(layer, layer + 1) if self._split is SlotSplit.LAYER else slice(0, self.geometry.num_layers)
-        may_go_LE = self._may_go_LE[layers]
-        if not may_go_LE.any():
-            return None
-        scores_LE = np.where(may_go_LE, self._score(layers), np.inf)
+        scores_LE = np.where(self._may_go_LE[layers], self._score(layers), np.inf)
         place = int(scores_LE.argmin())
-        if worth is not None and scores_LE.flat[place] >= worth:
+        least = float(scores_LE.flat[place])
+        if least == np.inf or (worth is not None and least >= worth):
             return None
         victim = ExpertId(layers.start + place // self.geometry.num_experts, place % self.geometry.num_experts)
         slot = self._slot_of[victim.layer][victim.expert]

@@ -113,6 +113,7 @@ class LayerEvent:
         rows: indices of the sampled tokens; empty when no hidden states were asked for.
         layer_input_RD, router_input_RD: their hidden states, where recorded.
         last_output_RD: what left the last decoder layer; with the last MoE layer only, where layer inputs are recorded.
+        ready: all experts of the layer that were READY at `at_s`, needed or not; not part of a recorded trace.
     """
 
     at_s: float
@@ -128,6 +129,7 @@ class LayerEvent:
     layer_input_RD: Float32Array | None = None
     router_input_RD: Float32Array | None = None
     last_output_RD: Float32Array | None = None
+    ready: tuple[int, ...] = ()
 
 
 TraceEvent: TypeAlias = StepEvent | HintEvent | LoadEvent | LayerEvent
