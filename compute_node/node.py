@@ -36,6 +36,7 @@ from compute_node.schedule import SchedulePolicy
 from compute_node.service import InferenceService
 from compute_node.step_ledger import Phase, StepLedger
 from compute_node.store_client import AttachProgress, StoreClient, StoreState
+from compute_node.trace_recorder import TraceRecorder
 from promoe import telemetry
 from promoe.errors import PackDamaged
 from promoe.ids import ExpertId
@@ -68,6 +69,7 @@ class ComputeNode:
         self._closers = ExitStack()
         self._registry = CollectorRegistry()
         self._admission: Admission | None = None
+        self._traces: TraceRecorder | None = None
         self.has_died = False
         self.experts_modules: tuple[nn.Module, ...] = ()
 
@@ -106,7 +108,7 @@ class ComputeNode:
 
         hints = HintInbox()
         path, store = self._open_experts(chosen, plan, policy, hints, died)
-        observer = LayerObserver(self.spec.num_moe_layers, chosen.device, ())
+        observer = self._watch_layers(path, chosen)
         path.install(loaded, self.spec, recorder, observer)
         self.experts_modules = loaded.experts_modules
         path.expert_cache.warm()
@@ -126,13 +128,8 @@ class ComputeNode:
         path.expert_cache.restart_counters()
         report = CacheReport(config, plan, path.expert_cache, path.transfers, recorder, store)
         self._publish_metrics(report)
-        identity = NodeIdentity(
-            store.instance_id,
-            self.spec,
-            engine.kind,
-            engine_reason,
-            _device_report(chosen, path, config.link_bytes_per_s),
-        )
+        device = _device_report(chosen, path, config.link_bytes_per_s)
+        identity = NodeIdentity(store.instance_id, self.spec, engine.kind, engine_reason, device)
         codec = PromptCodec(
             tokenizer, PromptLimits(self.spec.vocab_size, plan.max_context_tokens, config.max_prompt_bytes)
         )
@@ -170,6 +167,12 @@ class ComputeNode:
         self._closers.callback(path.transfers.close)
         return path, store
 
+    def _watch_layers(self, path: ExpertPath, chosen: ChosenDevice) -> LayerObserver:
+        """Whoever records a trace hears what the expert cache is told, and sees the layers."""
+        self._traces = TraceRecorder(self.spec.num_moe_layers, path.expert_cache.snapshot)
+        path.expert_cache.sinks.append(self._traces.record)
+        return LayerObserver(self.spec.num_moe_layers, chosen.device, (self._traces,))
+
     def _build_service(
         self,
         engine: Engine,
@@ -186,7 +189,8 @@ class ComputeNode:
             metrics,
         )
         answerer = Answerer(self._admission, codec, eos_token_ids, metrics)
-        return InferenceService(answerer, codec, self._admission, identity, report)
+        assert self._traces is not None, "it was made with the expert cache"
+        return InferenceService(answerer, codec, self._admission, identity, report, self._traces)
 
     def _publish_metrics(self, report: CacheReport) -> None:
         """The Prometheus page, where one is asked for."""

@@ -1,5 +1,6 @@
 """The Inference service: wire messages in and out, nothing else."""
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -21,10 +22,19 @@ from compute_node.answer import (
     Usage,
 )
 from compute_node.engine import EngineKind
-from compute_node.node_report import CacheReporter, CacheShapeReport, NodeIdentity, PhaseCounts, StoreLinkReport
+from compute_node.node_report import (
+    CacheCounts,
+    CacheReporter,
+    CacheShapeReport,
+    NodeIdentity,
+    PhaseCounts,
+    StoreLinkReport,
+)
 from compute_node.prompt import MAX_CHAT_MESSAGES, ChatPrompt, ChatTurn, Prompt, PromptCodec, TextPrompt, TokenPrompt
 from compute_node.sampling import MAX_TOP_LOGPROBS, SampledToken, Sampling
 from compute_node.step_ledger import ExpertUse
+from compute_node.trace_recorder import TraceBeginning, TraceRecorder, TraceWish
+from promoe.trace_wire import encode_batch
 from promoe.v1 import inference_pb2, inference_pb2_grpc, model_pb2
 from promoe.wire import SCHEMA_VERSION, encode_spec
 
@@ -62,6 +72,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         admission: asked for its limits and load.
         identity: what does not change while the process lives.
         reporter: asked about the expert cache and the store.
+        traces: records what the expert cache is told.
     """
 
     def __init__(
@@ -71,12 +82,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         admission: Admission,
         identity: NodeIdentity,
         reporter: CacheReporter,
+        traces: TraceRecorder,
     ) -> None:
         self._answerer = answerer
         self._codec = codec
         self._admission = admission
         self._identity = identity
         self._reporter = reporter
+        self._traces = traces
 
     def register(self, server: "grpc.aio.Server") -> None:
         """Makes the server answer for this service."""
@@ -172,6 +185,20 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             running_requests=self._admission.num_running,
             queued_requests=self._admission.num_queued,
         )
+
+    async def Trace(
+        self, request: inference_pb2.TraceRequest, context: "_Context"
+    ) -> AsyncIterator[inference_pb2.TraceResponse]:
+        """See inference.proto."""
+        _refuse_unknown_fields(request, "request")
+        recording = self._traces.open(TraceWish(request.max_rows, request.layer_input, request.router_input))
+        context.add_done_callback(lambda _: self._traces.close(recording))  # type: ignore[arg-type]  # as in Generate
+        beginning = await recording.beginning()
+        info = await self.GetInfo(inference_pb2.InferenceGetInfoRequest(), context)
+        yield inference_pb2.TraceResponse(header=_encode_beginning(beginning, info, self._reporter.cache_counts()))
+        async for batch in recording.batches():
+            # Hidden states become bfloat16: no work for the event loop.
+            yield await asyncio.to_thread(encode_batch, batch)
 
     def _limits(self) -> inference_pb2.Limits:
         limits = self._codec.limits
@@ -288,6 +315,21 @@ def _encode_usage(usage: Usage) -> inference_pb2.Usage:
 def _encode_use(use: ExpertUse) -> inference_pb2.ExpertUse:
     return inference_pb2.ExpertUse(
         hits=use.hits, misses=use.misses, loaded_bytes=use.loaded_nbytes, stall_s=use.stall_s
+    )
+
+
+def _encode_beginning(
+    beginning: TraceBeginning, info: inference_pb2.InferenceGetInfoResponse, counts: CacheCounts
+) -> inference_pb2.TraceHeader:
+    return inference_pb2.TraceHeader(
+        service=info.service,
+        model=info.model,
+        shape=info.expert_cache,
+        device=info.device,
+        link_bytes_per_s=counts.uploaded_nbytes / counts.link_busy_s if counts.link_busy_s else 0.0,
+        began_unix_s=beginning.began_unix_s,
+        resident=beginning.snapshot.resident,
+        history_json=beginning.snapshot.history_json,
     )
 
 

@@ -256,6 +256,11 @@ class TraceRecorder:
         # Set by the event loop, read by the engine thread; one reference, so that no lock is needed.
         self._recording: Recording | None = None
 
+    @property
+    def is_recording(self) -> bool:
+        """Somebody reads a trace."""
+        return self._recording is not None
+
     def record(self, event: TraceEvent) -> None:
         """The cache's sink."""
         recording = self._recording

@@ -61,10 +61,11 @@ class TraceCall:
                     return None
                 raise
         message, self._unread = self._unread, None
-        if message is None:
+        # The header may come alone.
+        while message is None or not message.events:
             message = await self._read()
-        if message is None:
-            return None
+            if message is None:
+                return None
         try:
             return decode_batch(message)
         except ValueError as error:

@@ -25,6 +25,7 @@ from compute_node.engine import (
     RequestFailed,
     TokenDrawn,
 )
+from compute_node.expert_cache import CacheSnapshot
 from compute_node.interleaved_engine import InterleavedEngine
 from compute_node.node_report import (
     CacheCounts,
@@ -40,6 +41,7 @@ from compute_node.request_metrics import RequestMetrics
 from compute_node.sampling import SampledToken, Sampling
 from compute_node.service import SERVICE_NAME, InferenceService
 from compute_node.step_ledger import Phase, StepLedger, TokenSpan
+from compute_node.trace_recorder import TraceRecorder
 from promoe.errors import PromoeError
 from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
 from promoe.rpc import RpcServer
@@ -264,6 +266,7 @@ class Serving:
     endpoint: str
     admission: Admission
     registry: CollectorRegistry
+    traces: TraceRecorder
 
 
 @asynccontextmanager
@@ -281,15 +284,16 @@ async def serving(
     answerer = Answerer(admission, codec, frozenset({END_OF_TURN_ID}), metrics)
     device = DeviceReport(kind="cpu", name="a CPU", reason="It was asked for.", link="memcpy")
     identity = NodeIdentity("instance-1", SPEC, engine.kind, "It was asked for.", device)
+    traces = TraceRecorder(SPEC.num_moe_layers, lambda: CacheSnapshot([5, -1], '{"uses": 2}'))
     server = RpcServer((SERVICE_NAME,))
     inference_pb2_grpc.add_InferenceServicer_to_server(
-        InferenceService(answerer, codec, admission, identity, FixedReport()), server.server
+        InferenceService(answerer, codec, admission, identity, FixedReport(), traces), server.server
     )
     endpoint = server.listen("127.0.0.1:0")
     await server.start()
     await server.set_serving(True)
     async with grpc.aio.insecure_channel(endpoint) as channel:
-        yield Serving(inference_pb2_grpc.InferenceStub(channel), endpoint, admission, registry)
+        yield Serving(inference_pb2_grpc.InferenceStub(channel), endpoint, admission, registry, traces)
     await admission.drain(EVENT_DEADLINE_S)
     await server.stop(grace_s=0)
     await asyncio.sleep(0)
