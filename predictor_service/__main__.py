@@ -52,12 +52,18 @@ def serve(config: PredictorConfig) -> None:
 
 
 def _listen(server: ThreadedRpcServer, asked: str) -> str:
-    if not asked.startswith("unix:"):
-        return server.listen(asked)
-    socket = Path(asked.removeprefix("unix:"))
-    socket.parent.mkdir(mode=0o770, parents=True, exist_ok=True)
-    endpoint = server.listen(asked)
-    socket.chmod(0o660)
+    """Binds the address; a unix socket's folder is made, and the socket is for owner and group."""
+    socket = Path(asked.removeprefix("unix:")) if asked.startswith("unix:") else None
+    try:
+        if socket is not None:
+            socket.parent.mkdir(mode=0o770, parents=True, exist_ok=True)
+        endpoint = server.listen(asked)
+    except OSError as error:
+        raise SettingUnfit(f"predictor.listen is {asked!r}; its folder cannot be made ({error.strerror})") from error
+    except ValueError as error:
+        raise SettingUnfit(f"predictor.listen is {asked!r}: {error}") from error
+    if socket is not None:
+        socket.chmod(0o660)
     return endpoint
 
 
