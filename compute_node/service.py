@@ -193,6 +193,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         _refuse_unknown_fields(request, "request")
         recording = self._traces.open(TraceWish(request.max_rows, request.layer_input, request.router_input))
         context.add_done_callback(lambda _: self._traces.close(recording))  # type: ignore[arg-type]  # as in Generate
+        yield inference_pb2.TraceResponse()
         beginning = await recording.beginning()
         info = await self.GetInfo(inference_pb2.InferenceGetInfoRequest(), context)
         yield inference_pb2.TraceResponse(header=_encode_beginning(beginning, info, self._reporter.cache_counts()))

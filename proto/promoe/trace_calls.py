@@ -31,8 +31,8 @@ class TraceCall:
         self._attempts = Attempts(RetryPolicy(max_attempts=1), deadline_s)
         self._call: StreamCall[inference_pb2.TraceResponse] | None = None
         self._is_cancelled = False
+        self._is_open = False
         self._header: TraceHeader | None = None
-        self._unread: inference_pb2.TraceResponse | None = None
 
     def cancel(self) -> None:
         """Ends the recording at once; the stream ends without an error. May be called from another thread."""
@@ -40,32 +40,36 @@ class TraceCall:
         if self._call is not None:
             self._call.cancel()
 
+    async def open(self) -> None:
+        """Returns when the node records: its next step is the first one. Raises Unavailable when it was cancelled."""
+        if not self._is_open:
+            self._is_open = await self._read() is not None
+        if not self._is_open:
+            raise Unavailable("The trace was ended before it began.")
+
     async def begin(self) -> TraceHeader:
         """The header; waits for the first step. Raises Unavailable when it was cancelled before."""
         if self._header is None:
-            self._unread = await self._read()
-            if self._unread is None:
+            await self.open()
+            message = await self._read()
+            if message is None:
                 raise Unavailable("The trace was ended before its first step.")
-            if not self._unread.HasField("header"):
+            if not message.HasField("header"):
                 raise InternalError(f"The trace from {self._calls.endpoint} does not begin with its header.")
-            self._header = decode_message(self._unread.header, TraceHeader)
+            self._header = decode_message(message.header, TraceHeader)
         return self._header
 
     async def next_batch(self) -> TraceBatch | None:
         """What comes next; None after `cancel`."""
-        if self._header is None:
-            try:
-                await self.begin()
-            except Unavailable:
-                if self._is_cancelled:
-                    return None
-                raise
-        message, self._unread = self._unread, None
-        # The header may come alone.
-        while message is None or not message.events:
-            message = await self._read()
-            if message is None:
+        try:
+            await self.begin()
+        except Unavailable:
+            if self._is_cancelled:
                 return None
+            raise
+        message = await self._read()
+        if message is None:
+            return None
         try:
             return decode_batch(message)
         except ValueError as error:
@@ -93,6 +97,10 @@ class TraceCall:
 class AsyncTraceStream(TraceCall):
     """Iterate for batches of events; as a context manager it ends the recording."""
 
+    async def wait_until_open(self) -> None:
+        """Returns when the node records: its next step is the first one."""
+        await self.open()
+
     async def header(self) -> TraceHeader:
         """What a replay must know; waits for the first step."""
         return await self.begin()
@@ -112,6 +120,10 @@ class AsyncTraceStream(TraceCall):
 
 class TraceStream(TraceCall):
     """Iterate for batches of events; as a context manager it ends the recording."""
+
+    def wait_until_open(self) -> None:
+        """Returns when the node records: its next step is the first one."""
+        run_blocking(self.open())
 
     def header(self) -> TraceHeader:
         """What a replay must know; waits for the first step."""

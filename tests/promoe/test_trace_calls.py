@@ -27,7 +27,8 @@ def batch(*events: TraceEvent, dropped_steps: int = 0) -> inference_pb2.TraceRes
     return encode_batch(TraceBatch(events, dropped_steps))
 
 
-TWO_BATCHES: tuple[Step, ...] = (header(), batch(*EVENTS[:30]), batch(*EVENTS[30:], dropped_steps=2), Act.HANG)
+OPENED = inference_pb2.TraceResponse()
+TWO_BATCHES: tuple[Step, ...] = (OPENED, header(), batch(*EVENTS[:30]), batch(*EVENTS[30:], dropped_steps=2), Act.HANG)
 
 
 @pytest.fixture
@@ -85,8 +86,19 @@ def test_another_thread_ends_a_trace_that_waits(node: ScriptedInference, client:
 
     threading.Thread(target=end).start()
     assert list(trace) == []
-    with pytest.raises(Unavailable, match="ended before its first step"):
+    with pytest.raises(Unavailable, match="ended before it began"):
         trace.header()
+
+
+def test_it_is_known_when_the_node_records(node: ScriptedInference, client: Client) -> None:
+    node.trace_script = (OPENED, Act.HANG)
+    with client.trace(deadline_s=DEADLINE_S) as trace:
+        trace.wait_until_open()
+        trace.wait_until_open()
+        assert node.hanging.wait(DEADLINE_S)
+        trace.cancel()
+        with pytest.raises(Unavailable, match="ended before its first step"):
+            trace.header()
 
 
 def test_a_trace_that_was_cancelled_before_it_began_is_empty(client: Client) -> None:
@@ -100,11 +112,12 @@ def test_a_trace_that_was_cancelled_before_it_began_is_empty(client: Client) -> 
     [
         ((Overloaded("One at a time."),), Overloaded, "One at a time"),
         ((InvalidInput("max_rows is 9"),), InvalidInput, "max_rows is 9"),
-        ((header(), Act.END), Unavailable, "ended the trace"),
+        ((OPENED, header(), Act.END), Unavailable, "ended the trace"),
+        ((OPENED, Act.END), Unavailable, "ended the trace"),
         ((Act.END,), Unavailable, "ended the trace"),
-        ((batch(*EVENTS[:2]), Act.HANG), InternalError, "does not begin with its header"),
+        ((OPENED, batch(*EVENTS[:2]), Act.HANG), InternalError, "does not begin with its header"),
         (
-            (header(), inference_pb2.TraceResponse(events=[inference_pb2.TraceEvent()])),
+            (OPENED, header(), inference_pb2.TraceResponse(events=[inference_pb2.TraceEvent()])),
             InternalError,
             "has an event that is none: event is not set",
         ),

@@ -1331,6 +1331,8 @@ Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
 
 @_typing.final
 class TraceResponse(_message.Message):
+    """The first message is empty and comes at once: from now on steps are recorded."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: _builtins.int
@@ -1340,7 +1342,7 @@ class TraceResponse(_message.Message):
     """Steps left out so far because the reader was too slow. A trace with gaps can be learned from, not replayed."""
     @_builtins.property
     def header(self) -> Global___TraceHeader:
-        """Set in the first message."""
+        """Set in the second message, which comes when the first recorded step is over."""
 
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceEvent]: ...
