@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter
 from compute_node.acquisition import Acquisition
 from compute_node.step_ledger import ExpertUse, Phase, StepLedger, TokenSpan
 from promoe import telemetry
+from promoe.trace_events import LoadEvent, LoadReason, TraceEvent
 
 
 @dataclass
@@ -21,6 +22,33 @@ class PhaseCounters:
     tokens: int = 0
     stall_s: float = 0.0
     demand_nbytes: int = 0
+    late_prefetches: int = 0
+    late_prefetch_stall_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _LayerUse:
+    """What one layer asked for, or the part of it that one phase answers for."""
+
+    hits: int
+    misses: int
+    late: int
+    loaded_nbytes: int
+    late_nbytes: int
+    stall_s: float
+    late_stall_s: float
+
+    def shared(self, share: float, hits: int, misses: int, late: int) -> "_LayerUse":
+        """With other counts, and a share of bytes and stall."""
+        return _LayerUse(
+            hits=hits,
+            misses=misses,
+            late=late,
+            loaded_nbytes=int(self.loaded_nbytes * share),
+            late_nbytes=int(self.late_nbytes * share),
+            stall_s=self.stall_s * share,
+            late_stall_s=self.late_stall_s * share,
+        )
 
 
 @dataclass(frozen=True)
@@ -39,7 +67,7 @@ class CacheMetrics:
             hits=Counter(telemetry.HITS, "Routed experts that were READY.", ["phase"], registry=registry),
             misses=Counter(telemetry.MISSES, "Routed experts that were not.", ["phase", "cause"], registry=registry),
             loaded_bytes=Counter(
-                telemetry.LOADED_BYTES, "Bytes asked from the link.", ["phase", "reason"], registry=registry
+                telemetry.LOADED_BYTES, "Bytes that experts were loaded with.", ["phase", "reason"], registry=registry
             ),
             stall_seconds=Counter(
                 telemetry.STALL_SECONDS, "Time compute waited.", ["phase", "cause"], registry=registry
@@ -49,7 +77,7 @@ class CacheMetrics:
 
 @dataclass
 class StepRecorder:
-    """Told of every layer by the experts function; runs on the engine thread.
+    """Told of every layer by the experts function, and of loads by the expert cache; runs on the engine thread.
 
     Attributes:
         ledger: which request owns which row.
@@ -63,6 +91,8 @@ class StepRecorder:
     take_compute_stall_s: Callable[[], float]
     is_counting: bool = False
     phases: dict[Phase, PhaseCounters] = field(default_factory=lambda: {phase: PhaseCounters() for phase in Phase})
+    # Demand loads that arrived since the last layer: what became urgent on its way was asked for as a prefetch.
+    _demanded_nbytes: dict[int, int] = field(default_factory=dict, init=False)
 
     def _count_step(self, spans: tuple[TokenSpan, ...]) -> None:
         for phase, counters in self.phases.items():
@@ -74,13 +104,24 @@ class StepRecorder:
         """Counts from here: what start-up did (trying the engine) is nobody's use."""
         self.is_counting = True
 
+    def __call__(self, event: TraceEvent) -> None:
+        """A sink of the expert cache: bytes that were loaded ahead count for the phase of the step they arrive in."""
+        if not isinstance(event, LoadEvent) or event.is_paused:
+            return
+        if event.reason is LoadReason.DEMAND:
+            self._demanded_nbytes[event.expert.expert] = event.nbytes
+        elif self.is_counting and self.ledger.spans:
+            phase = _phase_of(self.ledger.spans)
+            self.metrics.loaded_bytes.labels(phase.value, event.reason.value).inc(event.nbytes)
+
     def record_layer(self, acquisition: Acquisition, ids_TK: np.ndarray) -> None:
         """Attributes one layer's hits, misses, bytes and stall.
 
         In a step of both phases an expert that both need counts in each; bytes and stall are the layer's, shared by
         the phases' share of accesses.
         """
-        acquisition.stall_s += self.take_compute_stall_s()
+        use = self._use_of(acquisition)
+        self._demanded_nbytes.clear()
         spans = self.ledger.spans
         if not spans or not self.is_counting:
             return
@@ -89,37 +130,60 @@ class StepRecorder:
         missing = set(acquisition.misses)
         phases = {span.phase for span in spans}
         if len(phases) == 1:
-            self._count_phase(phases.pop(), acquisition, len(acquisition.hits), len(acquisition.misses), 1.0)
+            self._count_phase(phases.pop(), use)
         else:
-            self._count_mixed(spans, acquisition, ids_TK, missing)
+            self._count_mixed(spans, acquisition, ids_TK, use)
         self._count_requests(spans, acquisition, ids_TK, missing)
 
-    def _count_phase(self, phase: Phase, acquisition: Acquisition, hits: int, misses: int, share: float) -> None:
+    def _use_of(self, acquisition: Acquisition) -> _LayerUse:
+        compute_stall_s = self.take_compute_stall_s()
+        acquisition.stall_s += compute_stall_s
+        num_misses, num_late = len(acquisition.misses), len(acquisition.late)
+        # What compute itself waited for is not known by cause; its end, on CUDA, is known a layer later at that.
+        late_share = num_late / num_misses if num_misses else 0.0
+        return _LayerUse(
+            hits=len(acquisition.hits),
+            misses=num_misses,
+            late=num_late,
+            loaded_nbytes=acquisition.loaded_nbytes,
+            late_nbytes=sum(self._demanded_nbytes.get(expert, 0) for expert in acquisition.late),
+            stall_s=acquisition.stall_s,
+            late_stall_s=acquisition.late_stall_s + late_share * compute_stall_s,
+        )
+
+    def _count_phase(self, phase: Phase, use: _LayerUse) -> None:
         counters = self.phases[phase]
-        nbytes, stall_s = int(acquisition.loaded_nbytes * share), acquisition.stall_s * share
-        counters.hits += hits
-        counters.misses += misses
-        counters.stall_s += stall_s
-        counters.demand_nbytes += nbytes
-        self.metrics.hits.labels(phase.value).inc(hits)
-        if misses:
-            self.metrics.misses.labels(phase.value, "absent").inc(misses)
-        # Not only with misses: a step of both phases shares its bytes, and on CUDA a wait's end is known a layer later.
-        if nbytes:
-            self.metrics.loaded_bytes.labels(phase.value, "demand").inc(nbytes)
-        if stall_s:
-            self.metrics.stall_seconds.labels(phase.value, "demand_load").inc(stall_s)
+        counters.hits += use.hits
+        counters.misses += use.misses
+        counters.late_prefetches += use.late
+        counters.stall_s += use.stall_s
+        counters.late_prefetch_stall_s += use.late_stall_s
+        counters.demand_nbytes += use.loaded_nbytes
+        self.metrics.hits.labels(phase.value).inc(use.hits)
+        for counter, cause, amount in (
+            (self.metrics.misses, "absent", use.misses - use.late),
+            (self.metrics.misses, "late_prefetch", use.late),
+            # Not only with misses: a step of both phases shares its bytes, and on CUDA a wait ends a layer later.
+            (self.metrics.loaded_bytes, LoadReason.DEMAND.value, use.loaded_nbytes),
+            (self.metrics.loaded_bytes, LoadReason.PREFETCH.value, use.late_nbytes),
+            (self.metrics.stall_seconds, "demand_load", max(0.0, use.stall_s - use.late_stall_s)),
+            (self.metrics.stall_seconds, "late_prefetch", use.late_stall_s),
+        ):
+            if amount:
+                counter.labels(phase.value, cause).inc(amount)
 
     def _count_mixed(
-        self, spans: tuple[TokenSpan, ...], acquisition: Acquisition, ids_TK: np.ndarray, missing: set[int]
+        self, spans: tuple[TokenSpan, ...], acquisition: Acquisition, ids_TK: np.ndarray, use: _LayerUse
     ) -> None:
         needed: dict[Phase, set[int]] = {phase: set() for phase in Phase}
         for span, experts in _experts_by_span(spans, ids_TK):
             needed[span.phase] |= experts
         accesses = sum(len(experts) for experts in needed.values())
         for phase, experts in needed.items():
-            misses = len(experts & missing)
-            self._count_phase(phase, acquisition, len(experts) - misses, misses, len(experts) / max(1, accesses))
+            misses = len(experts.intersection(acquisition.misses))
+            late = len(experts.intersection(acquisition.late))
+            share = len(experts) / max(1, accesses)
+            self._count_phase(phase, use.shared(share, len(experts) - misses, misses, late))
 
     def _count_requests(
         self, spans: tuple[TokenSpan, ...], acquisition: Acquisition, ids_TK: np.ndarray, missing: set[int]
@@ -132,6 +196,10 @@ class StepRecorder:
             misses = len(experts & missing)
             use = self.ledger.use_of(span.request_id).of(span.phase)
             _add_use(use, acquisition, len(experts) - misses, misses)
+
+
+def _phase_of(spans: tuple[TokenSpan, ...]) -> Phase:
+    return Phase.PREFILL if any(span.phase is Phase.PREFILL for span in spans) else Phase.DECODE
 
 
 def _add_use(use: ExpertUse, acquisition: Acquisition, hits: int, misses: int) -> None:

@@ -24,9 +24,12 @@ def fault_of(
     version = announced.get(hint.version)
     if version is None:
         return HintFate.WRONG_VERSION
+    # From an observation of the step or the one before it, at most one pass through the layers ago.
+    lookahead = hint.lookahead(num_layers)
     experts: list[int] = hint.experts.tolist()
     scores: list[float] = hint.scores.tolist()
     fits_the_model = hint.layer < num_layers and (not experts or max(experts) < num_experts)
+    fits_the_model = fits_the_model and 0 <= lookahead <= num_layers and hint.observed_layer <= num_layers
     is_a_ranking = len(experts) == len(scores) == len(set(experts))
     # The sum is no number when one of them is none, and cannot overflow with 32-bit scores.
     has_numbers = math.isfinite(sum(scores))

@@ -123,6 +123,10 @@ class Hint:
     num_expected: int
     version: str
 
+    def lookahead(self, num_layers: int) -> int:
+        """MoE layers from the observed one to this one; the next step's layers follow on the last one's output."""
+        return (self.step - self.observed_step) * num_layers + self.layer - self.observed_layer
+
 
 @dataclass(frozen=True)
 class RequestsEnded:
