@@ -22,19 +22,14 @@ from compute_node.answer import (
     Usage,
 )
 from compute_node.engine import EngineKind
-from compute_node.node_report import (
-    CacheCounts,
-    CacheReporter,
-    CacheShapeReport,
-    NodeIdentity,
-    PhaseCounts,
-    StoreLinkReport,
-)
+from compute_node.node_report import CacheReporter, NodeIdentity
 from compute_node.prompt import MAX_CHAT_MESSAGES, ChatPrompt, ChatTurn, Prompt, PromptCodec, TextPrompt, TokenPrompt
 from compute_node.sampling import MAX_TOP_LOGPROBS, SampledToken, Sampling
 from compute_node.step_ledger import ExpertUse
 from compute_node.trace_recorder import TraceBeginning, TraceRecorder, TraceWish
+from promoe.node_report import CacheStats
 from promoe.trace_wire import encode_batch
+from promoe.typed_message import encode_message
 from promoe.v1 import inference_pb2, inference_pb2_grpc, model_pb2
 from promoe.wire import SCHEMA_VERSION, encode_spec
 
@@ -107,16 +102,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             model=encode_spec(identity.model),
             engine=_ENGINE_TO_WIRE[identity.engine],
             engine_reason=identity.engine_reason,
-            device=inference_pb2.DeviceInfo(
-                kind=identity.device.kind,
-                name=identity.device.name,
-                reason=identity.device.reason,
-                link=identity.device.link,
-                emulated_link_bytes_per_s=identity.device.emulated_link_bytes_per_s,
-            ),
+            device=encode_message(identity.device, inference_pb2.DeviceInfo),
             limits=self._limits(),
-            expert_cache=_encode_shape(self._reporter.cache_shape()),
-            store=_encode_store(self._reporter.store_link()),
+            expert_cache=encode_message(self._reporter.cache_shape(), inference_pb2.CacheShape),
+            store=encode_message(self._reporter.store_link(), inference_pb2.StoreLink),
+            predictor=encode_message(self._reporter.predictor_link(), inference_pb2.PredictorLink),
         )
 
     async def Generate(
@@ -164,27 +154,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.CacheStatsRequest, context: "_Context"
     ) -> inference_pb2.CacheStatsResponse:
         """See inference.proto."""
-        counts = self._reporter.cache_counts()
-        return inference_pb2.CacheStatsResponse(
-            prefill=_encode_phase(counts.prefill),
-            decode=_encode_phase(counts.decode),
-            layers=[
-                inference_pb2.LayerStats(
-                    layer=layer.layer,
-                    resident=layer.resident,
-                    loading=layer.loading,
-                    hits=layer.hits,
-                    misses=layer.misses,
-                    evictions=layer.evictions,
-                )
-                for layer in counts.layers
-            ],
-            uploaded_bytes=counts.uploaded_nbytes,
-            link_busy_s=counts.link_busy_s,
-            shape=_encode_shape(self._reporter.cache_shape()),
-            running_requests=self._admission.num_running,
-            queued_requests=self._admission.num_queued,
-        )
+        return encode_message(self._cache_stats(), inference_pb2.CacheStatsResponse)
+
+    async def CacheMap(
+        self, request: inference_pb2.CacheMapRequest, context: "_Context"
+    ) -> inference_pb2.CacheMapResponse:
+        """See inference.proto."""
+        return encode_message(self._reporter.cache_map(), inference_pb2.CacheMapResponse)
 
     async def Trace(
         self, request: inference_pb2.TraceRequest, context: "_Context"
@@ -196,10 +172,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         yield inference_pb2.TraceResponse()
         beginning = await recording.beginning()
         info = await self.GetInfo(inference_pb2.InferenceGetInfoRequest(), context)
-        yield inference_pb2.TraceResponse(header=_encode_beginning(beginning, info, self._reporter.cache_counts()))
+        yield inference_pb2.TraceResponse(header=_encode_beginning(beginning, info, self._cache_stats()))
         async for batch in recording.batches():
             # Hidden states become bfloat16: no work for the event loop.
             yield await asyncio.to_thread(encode_batch, batch)
+
+    def _cache_stats(self) -> CacheStats:
+        return self._reporter.cache_stats(self._admission.num_running, self._admission.num_queued)
 
     def _limits(self) -> inference_pb2.Limits:
         limits = self._codec.limits
@@ -320,44 +299,15 @@ def _encode_use(use: ExpertUse) -> inference_pb2.ExpertUse:
 
 
 def _encode_beginning(
-    beginning: TraceBeginning, info: inference_pb2.InferenceGetInfoResponse, counts: CacheCounts
+    beginning: TraceBeginning, info: inference_pb2.InferenceGetInfoResponse, stats: CacheStats
 ) -> inference_pb2.TraceHeader:
     return inference_pb2.TraceHeader(
         service=info.service,
         model=info.model,
         shape=info.expert_cache,
         device=info.device,
-        link_bytes_per_s=counts.uploaded_nbytes / counts.link_busy_s if counts.link_busy_s else 0.0,
+        link_bytes_per_s=stats.uploaded_bytes / stats.link_busy_s if stats.link_busy_s else 0.0,
         began_unix_s=beginning.began_unix_s,
         resident=beginning.snapshot.resident,
         history_json=beginning.snapshot.history_json,
-    )
-
-
-def _encode_phase(counts: PhaseCounts) -> inference_pb2.PhaseStats:
-    return inference_pb2.PhaseStats(
-        hits=counts.hits,
-        misses=counts.misses,
-        steps=counts.steps,
-        tokens=counts.tokens,
-        stall_s=counts.stall_s,
-        demand_bytes=counts.demand_nbytes,
-    )
-
-
-def _encode_shape(shape: CacheShapeReport) -> inference_pb2.CacheShape:
-    return inference_pb2.CacheShape(
-        slots_per_layer=shape.slots_per_layer,
-        slot_nbytes=shape.slot_nbytes,
-        cache_rate=shape.cache_rate,
-        eviction=shape.eviction,
-        chunk_nbytes=shape.chunk_nbytes,
-        max_chunks_in_flight=shape.max_chunks_in_flight,
-    )
-
-
-def _encode_store(store: StoreLinkReport) -> inference_pb2.StoreLink:
-    state = inference_pb2.STORE_STATE_ATTACHED if store.attached else inference_pb2.STORE_STATE_FROZEN
-    return inference_pb2.StoreLink(
-        endpoint=store.endpoint, state=state, arena_uuid=store.arena_uuid, arena_kind=store.arena_kind
     )

@@ -48,6 +48,15 @@ class StepPhase(Enum):
     DECODE = "decode"
 
 
+class ObservedKind(Enum):
+    """Which hidden states a predictor reads."""
+
+    UNSPECIFIED = "unspecified"
+    NONE = "none"
+    LAYER_INPUT = "layer_input"
+    ROUTER_INPUT = "router_input"
+
+
 @dataclass(frozen=True)
 class ServiceInfo:
     """Who answers."""
@@ -115,6 +124,12 @@ class CacheShape:
     max_chunks_in_flight: int
     policy: str
     slot_split: str
+    hints: str
+    early_preemption: bool
+    reorder: bool
+    stream_prefill: bool
+    chunks_demand: bool
+    serial: bool
 
 
 @dataclass(frozen=True)
@@ -133,8 +148,10 @@ class ActivePredictor:
 
     version: str
     predictor: str
+    observed: ObservedKind
     lookaheads: tuple[int, ...]
     calibrated: bool
+    wants_routing: bool
 
 
 @dataclass(frozen=True)

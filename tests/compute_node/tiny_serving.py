@@ -39,10 +39,12 @@ from compute_node.node_report import (
 from compute_node.prompt import PromptCodec, PromptLimits
 from compute_node.request_metrics import RequestMetrics
 from compute_node.sampling import SampledToken, Sampling
+from compute_node.schedule import POLICIES
 from compute_node.service import SERVICE_NAME, InferenceService
 from compute_node.step_ledger import Phase, StepLedger, TokenSpan
 from compute_node.trace_recorder import TraceRecorder
 from promoe.errors import PromoeError
+from promoe.cache_map import CacheMap
 from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
 from promoe.rpc import RpcServer
 from promoe.v1 import inference_pb2_grpc
@@ -220,7 +222,7 @@ class FixedReport:
     """A cache report with numbers that a test can find again on the wire."""
 
     shape = CacheShapeReport(
-        slots_per_layer=3, slot_nbytes=4096, cache_rate=0.375, eviction="lru", chunk_nbytes=1024, max_chunks_in_flight=2
+        slots_per_layer=3, slot_nbytes=4096, cache_rate=0.375, chunk_nbytes=1024, policy=POLICIES["promoe"]
     )
     link = StoreLinkReport(endpoint="unix:/run/store", attached=True, arena_uuid="a1", arena_kind="memfd")
     counts = CacheCounts(
@@ -230,6 +232,7 @@ class FixedReport:
         uploaded_nbytes=18,
         link_busy_s=0.25,
     )
+    map = CacheMap(num_moe_layers=3, num_experts=8, experts=bytes(range(24)), step=5, layer=2)
 
     def cache_shape(self) -> CacheShapeReport:
         """Fixed."""
@@ -242,6 +245,10 @@ class FixedReport:
     def cache_counts(self) -> CacheCounts:
         """Fixed."""
         return self.counts
+
+    def cache_map(self) -> CacheMap:
+        """Fixed."""
+        return self.map
 
 
 SPEC = ModelSpec(

@@ -108,8 +108,9 @@ class MadeUpRun:
         """Of a cache that begins empty."""
         shape = decode_message(
             inference_pb2.CacheShape(
-                slots_per_layer=self.slots_per_layer, slot_nbytes=4096, eviction="lru", chunk_nbytes=1024,
-                cache_rate=self.slots_per_layer / self.num_experts, max_chunks_in_flight=2,
+                slots_per_layer=self.slots_per_layer, slot_nbytes=4096, eviction="lru", chunk_nbytes=4000,
+                cache_rate=self.slots_per_layer / self.num_experts, max_chunks_in_flight=1, policy="lru",
+                slot_split="layer", hints="ignore", chunks_demand=True,
             ),
             CacheShape,
         )  # fmt: skip

@@ -306,6 +306,12 @@ class CacheShape(_message.Message):
     MAX_CHUNKS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     SLOT_SPLIT_FIELD_NUMBER: _builtins.int
+    HINTS_FIELD_NUMBER: _builtins.int
+    EARLY_PREEMPTION_FIELD_NUMBER: _builtins.int
+    REORDER_FIELD_NUMBER: _builtins.int
+    STREAM_PREFILL_FIELD_NUMBER: _builtins.int
+    CHUNKS_DEMAND_FIELD_NUMBER: _builtins.int
+    SERIAL_FIELD_NUMBER: _builtins.int
     slots_per_layer: _builtins.int
     slot_nbytes: _builtins.int
     cache_rate: _builtins.float
@@ -317,6 +323,14 @@ class CacheShape(_message.Message):
     """The named set of scheduling settings, as in `compute.policy`."""
     slot_split: _builtins.str
     """`layer`: every layer has an equal share of the slots; `global`: all layers share them."""
+    hints: _builtins.str
+    """What is done with hints: `ignore`, `top` or `budgeted`."""
+    early_preemption: _builtins.bool
+    """The other settings of the policy, as they are in `compute`: a replay repeats the run with them."""
+    reorder: _builtins.bool
+    stream_prefill: _builtins.bool
+    chunks_demand: _builtins.bool
+    serial: _builtins.bool
     def __init__(
         self,
         *,
@@ -328,10 +342,16 @@ class CacheShape(_message.Message):
         max_chunks_in_flight: _builtins.int = ...,
         policy: _builtins.str = ...,
         slot_split: _builtins.str = ...,
+        hints: _builtins.str = ...,
+        early_preemption: _builtins.bool = ...,
+        reorder: _builtins.bool = ...,
+        stream_prefill: _builtins.bool = ...,
+        chunks_demand: _builtins.bool = ...,
+        serial: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_rate", b"cache_rate", "chunk_nbytes", b"chunk_nbytes", "eviction", b"eviction", "max_chunks_in_flight", b"max_chunks_in_flight", "policy", b"policy", "slot_nbytes", b"slot_nbytes", "slot_split", b"slot_split", "slots_per_layer", b"slots_per_layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_rate", b"cache_rate", "chunk_nbytes", b"chunk_nbytes", "chunks_demand", b"chunks_demand", "early_preemption", b"early_preemption", "eviction", b"eviction", "hints", b"hints", "max_chunks_in_flight", b"max_chunks_in_flight", "policy", b"policy", "reorder", b"reorder", "serial", b"serial", "slot_nbytes", b"slot_nbytes", "slot_split", b"slot_split", "slots_per_layer", b"slots_per_layer", "stream_prefill", b"stream_prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
