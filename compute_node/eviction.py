@@ -58,3 +58,20 @@ def eviction_named(name: str) -> Eviction:
     if name not in EVICTIONS:
         raise SettingUnfit(f"compute.eviction is {name!r}; allowed: {', '.join(EVICTIONS)}")
     return EVICTIONS[name]
+
+
+def scores_by(eviction: Eviction, history: ExpertHistory) -> Callable[[slice], Scores]:
+    """The policy's scores; estimates of the next use, which take the longest, only when the history has changed."""
+    if eviction is not next_use:
+        return lambda layers: eviction(history, layers)
+    known: Scores = np.zeros(0)
+    known_for: tuple[int, int, int] | None = None
+
+    def score(layers: slice) -> Scores:
+        nonlocal known, known_for
+        wanted = (history.version, layers.start, layers.stop)
+        if wanted != known_for:
+            known, known_for = eviction(history, layers), wanted
+        return known
+
+    return score

@@ -38,6 +38,7 @@ class ExpertHistory:
         next_probability_LE: that the layer's next visit needs the expert.
         later_visits_LE: expected visits until use when the next visit does not need it.
         layer: the layer whose routing became known last; -1 at the beginning of a step.
+        version: changes whenever estimates of the next use do.
     """
 
     def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
@@ -45,6 +46,7 @@ class ExpertHistory:
         self.num_experts = num_experts
         self._experts_per_token = experts_per_token
         self._layers_L = np.arange(num_layers)
+        self.version = 0
         self.reset()
 
     def reset(self) -> None:
@@ -61,12 +63,14 @@ class ExpertHistory:
         self.next_probability_LE: FloatArray = np.full(shape, start)
         self.later_visits_LE: FloatArray = np.full(shape, 1 / start)
         self.layer = -1
+        self.version += 1
         self._clock = 0
         self._num_next_rows = 1
 
     def begin_step(self, num_tokens: int, num_requests: int) -> None:
         """The next visits are this step's, of `num_tokens` tokens; the step after it has a token per request."""
         self.layer = -1
+        self.version += 1
         if num_tokens != self._num_next_rows:
             self.next_probability_LE = _union(self._token_probability_LE, num_tokens)
         self._num_next_rows = num_requests
@@ -81,6 +85,7 @@ class ExpertHistory:
             num_tokens: of the step.
         """
         self.layer = layer
+        self.version += 1
         chosen = list(experts)
         ticks = np.arange(self._clock + 1, self._clock + len(chosen) + 1)
         self._clock += len(chosen)
@@ -104,6 +109,7 @@ class ExpertHistory:
 
     def hinted(self, layer: int, experts: Sequence[int], probabilities: Sequence[float]) -> None:
         """A calibrated hint replaces the own estimate of the layer's next visit."""
+        self.version += 1
         row_E = UNLISTED_SHARE / self.later_visits_LE[layer]
         row_E[list(experts)] = np.clip(probabilities, LEAST_PROBABILITY, 1.0)
         self.next_probability_LE[layer] = row_E
@@ -122,16 +128,24 @@ class ExpertHistory:
             self.last_use_LE[layer, expert] = self._clock
             self.last_touch_LE[layer, expert] = self._clock
 
-    def layers_until_visit_L(self) -> IntArray:
-        """How many layers away the next visit of each layer is: 1 for the one after `layer`, L for `layer` itself."""
-        return (self._layers_L - self.layer - 1) % self.num_layers + 1
-
     def layers_until_use(self, layers: slice) -> FloatArray:
-        """Expected number of layers until each expert of these layers is used, the time that Belady would know."""
-        until_visit_L = self.layers_until_visit_L()[layers]
-        missed_LE = 1 - self.next_probability_LE[layers]
-        expected: FloatArray = until_visit_L[:, None] + self.num_layers * missed_LE * self.later_visits_LE[layers]
+        """Expected number of layers until each expert of these layers is used, the time that Belady would know.
+
+        The next visit is 1 layer away for the layer after `layer` and L layers for `layer` itself; if it does not need
+        the expert, later ones are L layers apart.
+        """
+        until_visit_L = (self._layers_L[layers] - self.layer - 1) % self.num_layers + 1
+        missed_LE = self.num_layers - self.num_layers * self.next_probability_LE[layers]
+        missed_LE *= self.later_visits_LE[layers]
+        missed_LE += until_visit_L[:, None]
+        expected: FloatArray = missed_LE
         return expected
+
+    def layers_until_use_of(self, layer: int, expert: int) -> float:
+        """The same for one expert."""
+        until_visit = (layer - self.layer - 1) % self.num_layers + 1
+        missed = 1 - float(self.next_probability_LE[layer, expert])
+        return until_visit + self.num_layers * missed * float(self.later_visits_LE[layer, expert])
 
     def to_json(self) -> str:
         """Everything that decides, for a replay."""
@@ -151,6 +165,7 @@ class ExpertHistory:
             if array.shape != (self.num_layers, self.num_experts):
                 raise ValueError(f"the history's {name} has the shape {array.shape}")
             setattr(self, name, array)
+        self.version += 1
         self.layer = int(document["layer"])
         self._clock = int(document["clock"])
         self._num_next_rows = int(document["num_next_rows"])

@@ -79,6 +79,7 @@ class Prefetcher:
         self.is_prefill = False
         self.link_bytes_per_s = 0.0
         self._loading: dict[ExpertId, Slot] = {}
+        self._exhausted_version = -1
         table.on_given_up = self.given_up
 
     @property
@@ -184,12 +185,16 @@ class Prefetcher:
         room_nbytes = self._room_nbytes() - queued_nbytes
         if room_nbytes <= 0:
             return
+        if self._exhausted_version == self._history.version:
+            # Since the last look, which found nothing more to load, nothing was learned.
+            return
         for candidate in self._candidates():
             if not self._start(candidate):
                 continue
             room_nbytes -= self._blob_nbytes
             if room_nbytes <= 0:
                 return
+        self._exhausted_version = self._history.version
 
     def _room_nbytes(self) -> float:
         until_next_look_nbytes = self.link_bytes_per_s * (self.pace.layer_s or 0.0)
@@ -306,5 +311,4 @@ class Prefetcher:
     def _worth_of(self, expert: ExpertId) -> float | None:
         if not self._weighs_victims:
             return None
-        layers = slice(expert.layer, expert.layer + 1)
-        return -float(self._history.layers_until_use(layers)[0, expert.expert])
+        return -self._history.layers_until_use_of(*expert)
