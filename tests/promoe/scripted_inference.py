@@ -108,7 +108,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             device=inference_pb2.DeviceInfo(
                 kind="cpu", name="Test CPU", reason="No CUDA device.", link="emulated", emulated_link_bytes_per_s=10**9
             ),
-            limits=inference_pb2.Limits(max_context_tokens=512, max_new_tokens=256),
+            limits=inference_pb2.Limits(max_context_tokens=512, max_new_tokens=256, max_prompt_bytes=4096),
             expert_cache=_shape(),
             store=inference_pb2.StoreLink(
                 endpoint="unix:/x", state=inference_pb2.STORE_STATE_FROZEN, arena_uuid="u", arena_kind="memfd"

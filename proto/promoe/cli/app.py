@@ -15,6 +15,7 @@ from promoe.cli.options import takes
 from promoe.cli.pack import PackFlags, pack
 from promoe.cli.status import StatusFlags, status
 from promoe.cli.top import TopFlags, top
+from promoe.cli.trace import make_trace_app
 from promoe.cli.up import UpOptions, up
 from promoe.errors import PromoeError
 from promoe.transport import Unreachable
@@ -38,6 +39,7 @@ def make_app() -> typer.Typer:
     app.command()(takes(PackFlags)(pack))
     app.command()(takes(DemoFlags)(demo))
     app.command()(takes(DoctorFlags)(doctor))
+    app.add_typer(make_trace_app())
     return app
 
 

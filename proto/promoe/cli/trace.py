@@ -1,0 +1,18 @@
+"""`promoe trace`: recorded runs."""
+
+import typer
+
+from promoe.cli.options import takes
+from promoe.cli.trace_record import RecordFlags, record
+
+
+def make_trace_app() -> typer.Typer:
+    """The subcommands of `promoe trace`."""
+    app = typer.Typer(
+        name="trace",
+        help="Record runs, and look at what they did.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+    )
+    app.command()(takes(RecordFlags)(record))
+    return app
