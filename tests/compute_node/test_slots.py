@@ -1,0 +1,176 @@
+"""The slots' states and their two pools."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compute_node.device.cpu import DONE
+from compute_node.loads import Load
+from compute_node.schedule import SlotSplit
+from compute_node.slots import CacheGeometry, Slot, SlotState, SlotTable
+from promoe.ids import ExpertId
+
+NUM_LAYERS, NUM_EXPERTS, SLOTS_PER_LAYER = 3, 6, 2
+
+
+class Scored:
+    """A table whose experts are worth what a test says."""
+
+    def __init__(self, split: SlotSplit) -> None:
+        self.worth_LE = np.arange(NUM_LAYERS * NUM_EXPERTS, dtype=np.float64).reshape(NUM_LAYERS, NUM_EXPERTS)
+        geometry = CacheGeometry(NUM_LAYERS, NUM_EXPERTS, SLOTS_PER_LAYER, blob_nbytes=100, experts_per_token=1)
+        addresses = [1000 * index for index in range(geometry.num_slots)]
+        self.table = SlotTable(addresses, geometry, split, lambda layers: self.worth_LE[layers], DONE)
+
+    def load(self, layer: int, expert: int, arrives: bool = True, worth: float | None = None) -> Slot | None:
+        slot = self.table.take(layer, worth)
+        if slot is not None:
+            self.table.place(slot, Load(ExpertId(layer, expert), 0, slot.address, 100, DONE, DONE))
+            if arrives:
+                self.table.arrived(slot)
+        self.table.check_integrity()
+        return slot
+
+
+@pytest.mark.parametrize("split", SlotSplit)
+def test_the_least_worth_gives_way(split: SlotSplit) -> None:
+    scored = Scored(split)
+    for layer in range(NUM_LAYERS):
+        for expert in (4, 5):
+            assert scored.load(layer, expert) is not None
+    slot = scored.load(2, 0)
+    assert slot is not None
+    gone = [(layer, e) for layer in range(NUM_LAYERS) for e in (4, 5) if scored.table.find(layer, e) is None]
+    assert gone == ([(2, 4)] if split is SlotSplit.LAYER else [(0, 4)]), "of its own layer, or of all"
+    assert sum(scored.table.evictions.values()) == 1
+
+
+def test_nothing_of_more_worth_gives_way() -> None:
+    scored = Scored(SlotSplit.LAYER)
+    scored.load(1, 2)
+    scored.load(1, 3)
+    assert scored.load(1, 4, worth=scored.worth_LE[1, 2]) is None
+    assert scored.load(1, 4, worth=scored.worth_LE[1, 2] + 0.5) is not None
+
+
+@pytest.mark.parametrize("split", SlotSplit)
+def test_what_is_pinned_or_under_way_never_gives_way(split: SlotSplit) -> None:
+    scored = Scored(split)
+    pinned = [slot for layer in range(NUM_LAYERS) if (slot := scored.load(layer, 0)) is not None]
+    for slot in pinned:
+        scored.table.pin(slot)
+    for layer in range(NUM_LAYERS):
+        scored.load(layer, 1, arrives=False)
+    assert all(scored.table.take(layer) is None for layer in range(NUM_LAYERS))
+    scored.table.unpin(pinned[1])
+    assert scored.table.take(1) is pinned[1]
+
+
+def test_half_a_load_gives_way_only_when_it_is_paused() -> None:
+    scored = Scored(SlotSplit.LAYER)
+    scored.load(0, 5)
+    slot = scored.load(0, 0, arrives=False)
+    assert slot is not None
+    assert scored.load(0, 1) is not None, "the READY one went"
+    assert scored.table.find(0, 5) is None
+    slot.kept_nbytes = 40
+    scored.table.update(slot)
+    scored.worth_LE[0, 0] = -1.0
+    assert scored.load(0, 2) is slot, "now the half one goes"
+    assert slot.kept_nbytes is None
+
+
+def test_a_doomed_slot_goes_with_its_last_pin() -> None:
+    scored = Scored(SlotSplit.GLOBAL)
+    slot = scored.load(1, 1)
+    assert slot is not None
+    scored.table.pin(slot)
+    scored.table.pin(slot)
+    slot.doomed = True
+    scored.table.unpin(slot)
+    assert scored.table.find(1, 1) is slot
+    scored.table.unpin(slot)
+    assert scored.table.find(1, 1) is None
+    assert slot.state is SlotState.FREE
+    scored.table.check_integrity()
+
+
+def test_who_watches_is_told_before_an_expert_goes() -> None:
+    scored = Scored(SlotSplit.LAYER)
+    told: list[ExpertId | None] = []
+    scored.table.on_given_up = lambda slot: told.append(slot.expert)
+    for expert in (3, 4, 5):
+        scored.load(0, expert)
+    assert told == [ExpertId(0, 3)]
+
+
+def test_a_slot_that_was_taken_in_vain_is_free_again() -> None:
+    scored = Scored(SlotSplit.GLOBAL)
+    slot = scored.table.take(0)
+    assert slot is not None
+    scored.table.give_back(slot)
+    scored.table.check_integrity()
+    assert scored.table.take(0) is slot
+
+
+def test_states_are_told_by_expert() -> None:
+    scored = Scored(SlotSplit.GLOBAL)
+    scored.load(0, 1)
+    scored.load(2, 3, arrives=False)
+    states = scored.table.states_LE()
+    assert states[0, 1] == 1
+    assert states[2, 3] == 2
+    assert states.sum() == 3
+
+
+def test_a_table_is_filled_as_it_was() -> None:
+    scored = Scored(SlotSplit.LAYER)
+    resident = [0, 1, 6, -1, 12, 17]
+    scored.table.fill(resident)
+    scored.table.check_integrity()
+    assert scored.table.find(2, 5) is scored.table.slots[5]
+    assert scored.table.take(1) is scored.table.slots[3], "the one that holds nothing"
+
+
+def test_integrity_is_checked_for_real() -> None:
+    scored = Scored(SlotSplit.LAYER)
+    slot = scored.load(0, 1)
+    assert slot is not None
+    slot.expert = ExpertId(0, 2)
+    with pytest.raises(AssertionError, match="the index finds"):
+        scored.table.check_integrity()
+
+
+actions = st.lists(
+    st.tuples(
+        st.sampled_from(["load", "arrive", "pin", "unpin", "pause", "forget"]),
+        st.integers(0, NUM_LAYERS - 1),
+        st.integers(0, NUM_EXPERTS - 1),
+    ),
+    max_size=60,
+)
+
+
+@given(actions=actions, split=st.sampled_from(SlotSplit))
+def test_whatever_happens_the_table_stays_whole(actions: list[tuple[str, int, int]], split: SlotSplit) -> None:
+    scored = Scored(split)
+    table = scored.table
+    for action, layer, expert in actions:
+        slot = table.find(layer, expert)
+        if action == "load" and slot is None:
+            scored.load(layer, expert, arrives=False)
+        elif slot is not None:
+            if action == "arrive" and slot.state is SlotState.LOADING:
+                table.arrived(slot)
+            elif action == "pin":
+                table.pin(slot)
+            elif action == "unpin" and slot.pins:
+                table.unpin(slot)
+            elif action == "pause" and slot.state is SlotState.LOADING:
+                slot.kept_nbytes = expert
+                table.update(slot)
+            elif action == "forget" and not slot.pins:
+                table.forget(slot)
+        table.check_integrity()
+        assert len(table.held(layer)) <= len(table.slots)
