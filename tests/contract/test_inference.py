@@ -10,6 +10,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from transformers import PreTrainedModel
 
 from promoe import telemetry
+from promoe.cache_map import CacheMap
+from promoe.node_report import CacheShape, CacheStats, PredictorLink, StoreLink
+from promoe.typed_message import decode_message
 from promoe.v1 import inference_pb2
 from tests.compute_node.tiny_serving import FixedReport, Serving, greedy_oracle
 from tests.contract.inference_node import CONTEXT, PROMPT, Node, generate, ids_of, refusal, text_of, text_request
@@ -172,20 +175,23 @@ def test_the_node_says_what_it_is(node: Node) -> None:
     assert not info.device.HasField("emulated_link_bytes_per_s")
     assert (info.limits.max_context_tokens, info.limits.max_new_tokens) == (CONTEXT, CONTEXT - 1)
     assert info.limits.max_prompt_bytes == 4096
-    assert info.expert_cache.cache_rate == FixedReport.shape.cache_rate
-    assert (info.store.endpoint, info.store.state) == ("unix:/run/store", inference_pb2.STORE_STATE_ATTACHED)
+    assert decode_message(info.expert_cache, CacheShape) == FixedReport.shape
+    assert decode_message(info.store, StoreLink) == FixedReport.store
+    assert decode_message(info.predictor, PredictorLink) == FixedReport.predictor
 
 
 def test_the_expert_caches_counters_are_passed_on(node: Node) -> None:
     async def scenario(server: Serving) -> inference_pb2.CacheStatsResponse:
         return await server.stub.CacheStats(inference_pb2.CacheStatsRequest())
 
-    stats = node.run(scenario)
-    assert (stats.prefill.hits, stats.prefill.misses, stats.prefill.steps) == (1, 2, 3)
-    assert (stats.decode.steps, stats.decode.tokens, stats.decode.demand_bytes) == (9, 10, 11)
-    assert [(layer.layer, layer.resident, layer.loading) for layer in stats.layers] == [(0, 3, 0), (1, 2, 1)]
-    assert (stats.uploaded_bytes, stats.link_busy_s) == (18, 0.25)
-    assert (stats.running_requests, stats.queued_requests) == (0, 0)
+    assert decode_message(node.run(scenario), CacheStats) == FixedReport.stats
+
+
+def test_the_cache_map_is_passed_on(node: Node) -> None:
+    async def scenario(server: Serving) -> inference_pb2.CacheMapResponse:
+        return await server.stub.CacheMap(inference_pb2.CacheMapRequest())
+
+    assert decode_message(node.run(scenario), CacheMap) == FixedReport.map
 
 
 def test_metrics_count_what_was_served(node: Node) -> None:

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from compute_node.config import ComputeConfig, DeviceChoice
 from expert_store.pack.packer import pack_checkpoint
 from promoe import Client
+from promoe.cache_map import ExpertBit
 from promoe.model_spec import ModelSpec
 from tests.families import save_tiny_checkpoint
 from tests.running_node import NodeThread
@@ -93,6 +94,21 @@ def test_one_answer_is_told_alike_everywhere(watched: Watched) -> None:
     assert watched.metric("promoe_tokens_total", kind="output") == 20
     assert watched.metric("promoe_requests_total", outcome="finished") == 1
     assert watched.metric("promoe_store_attached") == 1
+
+
+def test_the_cache_map_is_what_the_last_step_left(watched: Watched) -> None:
+    client, spec = watched.client, watched.spec
+    before = client.cache_map()
+    assert not any(bits & (ExpertBit.LOADING | ExpertBit.HINTED) for bits in before.experts)
+    client.complete([5, 6, 7, 8, 9], max_tokens=6, ignore_eos=True)
+    after, stats = client.cache_map(), client.cache_stats()
+    assert (after.num_moe_layers, after.num_experts) == (spec.num_moe_layers, spec.num_experts)
+    assert (after.step - before.step, after.layer) == (6, spec.num_moe_layers - 1)
+    for row, layer in zip(after.by_layer, stats.layers, strict=True):
+        routed = [bits for bits in row if bits & ExpertBit.ROUTED]
+        assert len(routed) == spec.experts_per_token, "the last step was a decode step of one token"
+        assert all(bits & ExpertBit.ROUTED for bits in row if bits & ExpertBit.MISSED)
+        assert sum(bits & ExpertBit.RESIDENT for bits in row) == layer.resident
 
 
 def test_info_is_the_plan(watched: Watched) -> None:
