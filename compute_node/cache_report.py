@@ -107,7 +107,9 @@ class CacheReport:
 
     def num_resident(self) -> int:
         """Experts that are READY, in all layers."""
-        return sum(self.expert_cache.occupancy(layer).resident for layer in range(self.expert_cache.geometry.num_layers))
+        return sum(
+            self.expert_cache.occupancy(layer).resident for layer in range(self.expert_cache.geometry.num_layers)
+        )
 
     def _layers(self) -> tuple[LayerStats, ...]:
         cache = self.expert_cache

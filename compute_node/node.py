@@ -26,21 +26,22 @@ from compute_node.engine import Engine
 from compute_node.engine_choice import EnginePlan, EngineStarter
 from compute_node.expert_path import ExpertPath
 from compute_node.hint_inbox import HintInbox
-from compute_node.layer_observer import LayerObserver
+from compute_node.hint_metrics import HintCollector
 from compute_node.memory_plan import MemoryNeeds, MemoryPlan, plan_memory
 from compute_node.model_loader import LoadedModel, load_model
-from compute_node.node_report import DeviceReport, NodeIdentity
+from compute_node.node_report import NodeIdentity
 from compute_node.prompt import PromptCodec, PromptLimits
 from compute_node.request_metrics import RequestMetrics
 from compute_node.schedule import SchedulePolicy
 from compute_node.service import InferenceService
 from compute_node.step_ledger import Phase, StepLedger
+from compute_node.step_watch import StepWatch
 from compute_node.store_client import AttachProgress, StoreClient, StoreState
-from compute_node.trace_recorder import TraceRecorder
 from promoe import telemetry
 from promoe.errors import PackDamaged
 from promoe.ids import ExpertId
 from promoe.model_spec import ModelSpec
+from promoe.node_report import DeviceInfo
 from promoe.pack_manifest import DENSE_FOLDER, PackManifest
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,6 @@ class ComputeNode:
         self._closers = ExitStack()
         self._registry = CollectorRegistry()
         self._admission: Admission | None = None
-        self._traces: TraceRecorder | None = None
         self.has_died = False
         self.experts_modules: tuple[nn.Module, ...] = ()
 
@@ -108,11 +108,11 @@ class ComputeNode:
 
         hints = HintInbox()
         path, store = self._open_experts(chosen, plan, policy, hints, died)
-        observer = self._watch_layers(path, chosen)
-        path.install(loaded, self.spec, recorder, observer)
+        watch = StepWatch(self.spec, path.expert_cache, chosen.device, hints, config.predictor_endpoint)
+        path.install(loaded, self.spec, recorder, watch.observer)
         self.experts_modules = loaded.experts_modules
         path.expert_cache.warm()
-        ledger.listeners = (observer.begin_step, path.expert_cache.begin_step)
+        watch.attach(loaded, self._manifest.layer_modules, recorder)
         metrics = RequestMetrics(self._registry)
 
         def observe_step(phase: Phase, elapsed_s: float) -> None:
@@ -126,14 +126,20 @@ class ComputeNode:
         logger.info("Engine: %s. %s", engine.kind.value, engine_reason)
         recorder.begin()
         path.expert_cache.restart_counters()
-        report = CacheReport(config, plan, path.expert_cache, path.transfers, recorder, store)
+        self._closers.callback(watch.close)
+        watch.begin()
+        report = CacheReport(
+            config, plan, path.expert_cache, path.transfers, recorder, store, watch.hint_report(), watch.maps
+        )
         self._publish_metrics(report)
         device = _device_report(chosen, path, config.link_bytes_per_s)
         identity = NodeIdentity(store.instance_id, self.spec, engine.kind, engine_reason, device)
         codec = PromptCodec(
             tokenizer, PromptLimits(self.spec.vocab_size, plan.max_context_tokens, config.max_prompt_bytes)
         )
-        return self._build_service(engine, codec, _eos_token_ids(loaded, tokenizer), metrics, identity, report)
+        answerer = self._open_admission(engine, codec, _eos_token_ids(loaded, tokenizer), metrics)
+        assert self._admission is not None, "it was opened just now"
+        return InferenceService(answerer, codec, self._admission, identity, report, watch.traces)
 
     async def drain(self) -> None:
         """Refuses new requests; finishes or, at the deadline, cancels the accepted ones."""
@@ -167,39 +173,28 @@ class ComputeNode:
         self._closers.callback(path.transfers.close)
         return path, store
 
-    def _watch_layers(self, path: ExpertPath, chosen: ChosenDevice) -> LayerObserver:
-        """Whoever records a trace hears what the expert cache is told, and sees the layers."""
-        self._traces = TraceRecorder(self.spec.num_moe_layers, path.expert_cache.snapshot)
-        path.expert_cache.sinks.append(self._traces.record)
-        return LayerObserver(self.spec.num_moe_layers, chosen.device, (self._traces,))
-
-    def _build_service(
-        self,
-        engine: Engine,
-        codec: PromptCodec,
-        eos_token_ids: frozenset[int],
-        metrics: RequestMetrics,
-        identity: NodeIdentity,
-        report: CacheReport,
-    ) -> InferenceService:
+    def _open_admission(
+        self, engine: Engine, codec: PromptCodec, eos_token_ids: frozenset[int], metrics: RequestMetrics
+    ) -> Answerer:
         config = self._config
         self._admission = Admission(
             engine,
             AdmissionLimits(config.max_concurrent_requests, config.max_queued_requests, config.request_deadline_s),
             metrics,
         )
-        answerer = Answerer(self._admission, codec, eos_token_ids, metrics)
-        assert self._traces is not None, "it was made with the expert cache"
-        return InferenceService(answerer, codec, self._admission, identity, report, self._traces)
+        return Answerer(self._admission, codec, eos_token_ids, metrics)
 
     def _publish_metrics(self, report: CacheReport) -> None:
         """The Prometheus page, where one is asked for."""
         resident = Gauge(telemetry.RESIDENT_EXPERTS, "Experts that are READY in slots.", registry=self._registry)
-        resident.set_function(lambda: sum(layer.resident for layer in report.cache_counts().layers))
+        resident.set_function(report.num_resident)
         busy = Gauge(telemetry.LINK_BUSY_SECONDS, "Time the link was copying.", registry=self._registry)
         busy.set_function(lambda: report.transfers.stats().link_busy_s)
         attached = Gauge(telemetry.STORE_ATTACHED, "1 while the store is attached.", registry=self._registry)
         attached.set_function(lambda: float(report.store.state is StoreState.ATTACHED))
+        self._registry.register(
+            HintCollector(report.hints.hint_stats, report.prefetch_stats, report.hints.predictor_link)
+        )
         self._closers.enter_context(
             telemetry.metrics_page(self._registry, "compute.metrics_listen", self._config.metrics_listen)
         )
@@ -223,8 +218,8 @@ class _AttachLog:
             )
 
 
-def _device_report(chosen: ChosenDevice, path: ExpertPath, link_bytes_per_s: float | None) -> DeviceReport:
-    return DeviceReport(
+def _device_report(chosen: ChosenDevice, path: ExpertPath, link_bytes_per_s: float | None) -> DeviceInfo:
+    return DeviceInfo(
         kind=chosen.device.kind,
         name=chosen.device.name,
         reason=chosen.reason,

@@ -27,7 +27,7 @@ from compute_node.prompt import MAX_CHAT_MESSAGES, ChatPrompt, ChatTurn, Prompt,
 from compute_node.sampling import MAX_TOP_LOGPROBS, SampledToken, Sampling
 from compute_node.step_ledger import ExpertUse
 from compute_node.trace_recorder import TraceBeginning, TraceRecorder, TraceWish
-from promoe.node_report import CacheStats
+from promoe import node_report
 from promoe.trace_wire import encode_batch
 from promoe.typed_message import encode_message
 from promoe.v1 import inference_pb2, inference_pb2_grpc, model_pb2
@@ -177,7 +177,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             # Hidden states become bfloat16: no work for the event loop.
             yield await asyncio.to_thread(encode_batch, batch)
 
-    def _cache_stats(self) -> CacheStats:
+    def _cache_stats(self) -> node_report.CacheStats:
         return self._reporter.cache_stats(self._admission.num_running, self._admission.num_queued)
 
     def _limits(self) -> inference_pb2.Limits:
@@ -299,7 +299,7 @@ def _encode_use(use: ExpertUse) -> inference_pb2.ExpertUse:
 
 
 def _encode_beginning(
-    beginning: TraceBeginning, info: inference_pb2.InferenceGetInfoResponse, stats: CacheStats
+    beginning: TraceBeginning, info: inference_pb2.InferenceGetInfoResponse, stats: node_report.CacheStats
 ) -> inference_pb2.TraceHeader:
     return inference_pb2.TraceHeader(
         service=info.service,

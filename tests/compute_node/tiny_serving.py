@@ -4,7 +4,7 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc.aio
@@ -27,25 +27,34 @@ from compute_node.engine import (
 )
 from compute_node.expert_cache import CacheSnapshot
 from compute_node.interleaved_engine import InterleavedEngine
-from compute_node.node_report import (
-    CacheCounts,
-    CacheShapeReport,
-    DeviceReport,
-    LayerCounts,
-    NodeIdentity,
-    PhaseCounts,
-    StoreLinkReport,
-)
+from compute_node.node_report import NodeIdentity
 from compute_node.prompt import PromptCodec, PromptLimits
 from compute_node.request_metrics import RequestMetrics
 from compute_node.sampling import SampledToken, Sampling
-from compute_node.schedule import POLICIES
 from compute_node.service import SERVICE_NAME, InferenceService
 from compute_node.step_ledger import Phase, StepLedger, TokenSpan
 from compute_node.trace_recorder import TraceRecorder
-from promoe.errors import PromoeError
 from promoe.cache_map import CacheMap
+from promoe.errors import PromoeError
 from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
+from promoe.node_report import (
+    ActivePredictor,
+    CacheShape,
+    CacheStats,
+    DeviceInfo,
+    HintQuality,
+    HintStats,
+    Histogram,
+    LayerStats,
+    ObservedKind,
+    PhaseStats,
+    PredictorLink,
+    PredictorState,
+    PrefetchStats,
+    StepPhase,
+    StoreLink,
+    StoreState,
+)
 from promoe.rpc import RpcServer
 from promoe.v1 import inference_pb2_grpc
 from tests.families import END_OF_TURN_ID, VOCABULARY, write_tokenizer
@@ -221,30 +230,68 @@ def started_engine(
 class FixedReport:
     """A cache report with numbers that a test can find again on the wire."""
 
-    shape = CacheShapeReport(
-        slots_per_layer=3, slot_nbytes=4096, cache_rate=0.375, chunk_nbytes=1024, policy=POLICIES["promoe"]
+    shape = CacheShape(
+        slots_per_layer=3,
+        slot_nbytes=4096,
+        cache_rate=0.375,
+        eviction="next_use",
+        chunk_nbytes=1024,
+        max_chunks_in_flight=2,
+        policy="proactive",
+        slot_split="global",
+        hints="budgeted",
+        early_preemption=True,
+        reorder=True,
+        stream_prefill=False,
+        chunks_demand=True,
+        serial=False,
     )
-    link = StoreLinkReport(endpoint="unix:/run/store", attached=True, arena_uuid="a1", arena_kind="memfd")
-    counts = CacheCounts(
-        prefill=PhaseCounts(1, 2, 3, 4, 0.5, 5),
-        decode=PhaseCounts(7, 8, 9, 10, 1.5, 11),
-        layers=(LayerCounts(0, 3, 0, 8, 10, 5), LayerCounts(1, 2, 1, 0, 0, 0)),
-        uploaded_nbytes=18,
+    store = StoreLink(endpoint="unix:/run/store", state=StoreState.ATTACHED, arena_uuid="a1", arena_kind="memfd")
+    predictor = PredictorLink(
+        endpoint="unix:/run/predictor",
+        state=PredictorState.CONNECTED,
+        active=ActivePredictor("learned@7", "learned", ObservedKind.LAYER_INPUT, (1, 2), True, True),
+    )
+    stats = CacheStats(
+        prefill=PhaseStats(1, 2, 3, 4, 0.5, 5, 0, 0.0),
+        decode=PhaseStats(7, 8, 9, 10, 1.5, 11, 3, 0.75),
+        layers=(LayerStats(0, 3, 0, 8, 10, 5, True), LayerStats(1, 2, 1, 0, 0, 0, False)),
+        uploaded_bytes=18,
         link_busy_s=0.25,
+        shape=shape,
+        running_requests=0,
+        queued_requests=0,
+        prefetch=PrefetchStats(21, 22, 23, 24, 25.5),
+        hints=HintStats(
+            taken=31,
+            late=32,
+            invalid=33,
+            wrong_version=34,
+            overflow=35,
+            observations_sent=36,
+            observations_dropped=37,
+            qualities=(HintQuality("learned@7", 1, 2, StepPhase.DECODE, 5, 10, 8, 6, 11, (4, 8, 9)),),
+            latency=Histogram((0.001, 0.01), (3, 2, 1)),
+            time_until_use=Histogram((0.001, 0.01), (1, 2, 3)),
+        ),
     )
     map = CacheMap(num_moe_layers=3, num_experts=8, experts=bytes(range(24)), step=5, layer=2)
 
-    def cache_shape(self) -> CacheShapeReport:
+    def cache_shape(self) -> CacheShape:
         """Fixed."""
         return self.shape
 
-    def store_link(self) -> StoreLinkReport:
+    def store_link(self) -> StoreLink:
         """Fixed."""
-        return self.link
+        return self.store
 
-    def cache_counts(self) -> CacheCounts:
+    def predictor_link(self) -> PredictorLink:
         """Fixed."""
-        return self.counts
+        return self.predictor
+
+    def cache_stats(self, running_requests: int, queued_requests: int) -> CacheStats:
+        """Fixed, but for the load."""
+        return replace(self.stats, running_requests=running_requests, queued_requests=queued_requests)
 
     def cache_map(self) -> CacheMap:
         """Fixed."""
@@ -289,7 +336,9 @@ async def serving(
     codec = PromptCodec(tokenizer, prompt_limits or PromptLimits(len(VOCABULARY), 256, 4096))
     admission = Admission(engine, limits or AdmissionLimits(8, 8, 60.0), metrics)
     answerer = Answerer(admission, codec, frozenset({END_OF_TURN_ID}), metrics)
-    device = DeviceReport(kind="cpu", name="a CPU", reason="It was asked for.", link="memcpy")
+    device = DeviceInfo(
+        kind="cpu", name="a CPU", reason="It was asked for.", link="memcpy", emulated_link_bytes_per_s=None
+    )
     identity = NodeIdentity("instance-1", SPEC, engine.kind, "It was asked for.", device)
     traces = TraceRecorder(SPEC.num_moe_layers, lambda: CacheSnapshot([5, -1], '{"uses": 2}'))
     server = RpcServer((SERVICE_NAME,))

@@ -15,6 +15,7 @@ from expert_store.pack.packer import pack_checkpoint
 from promoe import Client
 from promoe.cache_map import ExpertBit
 from promoe.model_spec import ModelSpec
+from promoe.node_report import PredictorState
 from tests.families import save_tiny_checkpoint
 from tests.running_node import NodeThread
 from tests.running_store import RunningStore
@@ -79,10 +80,11 @@ def test_one_answer_is_told_alike_everywhere(watched: Watched) -> None:
     assert usage is not None
     for told, counted, phase in ((usage.prefill, stats.prefill, "prefill"), (usage.decode, stats.decode, "decode")):
         assert (told.hits, told.misses) == (counted.hits, counted.misses)
-        assert told.loaded_bytes == counted.demand_bytes == told.misses * spec.layout.blob_nbytes
+        num_absent = told.misses - counted.late_prefetches
+        assert told.loaded_bytes == counted.demand_bytes == num_absent * spec.layout.blob_nbytes
         assert watched.metric("promoe_expert_hits_total", phase=phase) == told.hits
         assert watched.metric("promoe_expert_misses_total", phase=phase) == told.misses
-        assert watched.metric("promoe_expert_loaded_bytes_total", phase=phase) == told.loaded_bytes
+        assert watched.metric("promoe_expert_loaded_bytes_total", phase=phase, reason="demand") == told.loaded_bytes
         assert watched.metric("promoe_stall_seconds_total", phase=phase) == pytest.approx(counted.stall_s)
     # The last token drawn is not fed back: 19 decode steps, each with every layer's routed experts.
     assert usage.decode.hits + usage.decode.misses == 19 * spec.num_moe_layers * spec.experts_per_token
@@ -94,6 +96,9 @@ def test_one_answer_is_told_alike_everywhere(watched: Watched) -> None:
     assert watched.metric("promoe_tokens_total", kind="output") == 20
     assert watched.metric("promoe_requests_total", outcome="finished") == 1
     assert watched.metric("promoe_store_attached") == 1
+    assert watched.metric("promoe_prefetched_bytes_total", outcome="streamed") == stats.prefetch.streamed_bytes
+    assert watched.metric("promoe_predictor_connected") == 0
+    assert watched.client.info().predictor.state is PredictorState.NONE
 
 
 def test_the_cache_map_is_what_the_last_step_left(watched: Watched) -> None:

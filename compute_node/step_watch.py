@@ -1,0 +1,85 @@
+"""Everything that watches the engine's steps, wired to one expert cache: hints, their scores, traces, the cache map.
+
+Knows who hears of what, and in which order; decides nothing.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from compute_node.cache_map import CacheMapRecorder
+from compute_node.cache_stats import StepRecorder
+from compute_node.device.seam import Device
+from compute_node.expert_cache import ExpertCache
+from compute_node.hint_client import HintClient
+from compute_node.hint_inbox import HintInbox
+from compute_node.hint_quality import HintScores
+from compute_node.hint_report import HintReport
+from compute_node.layer_hooks import install_hooks
+from compute_node.layer_observer import LayerObserver
+from compute_node.model_loader import LoadedModel
+from compute_node.schedule import HintUse
+from compute_node.trace_recorder import TraceRecorder
+from promoe.model_spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+class StepWatch:
+    """The watchers of one node.
+
+    Args:
+        spec: the served model.
+        expert_cache: tells what it takes notice of.
+        device: brings samples to the host.
+        inbox: where the expert cache looks for hints.
+        predictor_endpoint: who makes them; empty for nobody.
+
+    Attributes:
+        observer: sees the layers.
+        traces: records what the expert cache is told.
+        maps: what every expert is doing.
+        scores: how good hints are.
+        client: of the predictor; None without one, or where the policy has no use for hints.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, expert_cache: ExpertCache, device: Device, inbox: HintInbox, predictor_endpoint: str
+    ) -> None:
+        self._expert_cache = expert_cache
+        self._inbox = inbox
+        self.traces = TraceRecorder(spec.num_moe_layers, expert_cache.snapshot)
+        self.maps = CacheMapRecorder(spec.num_moe_layers, spec.num_experts, expert_cache.resident_states)
+        self.scores = HintScores(spec.num_moe_layers)
+        self.client: HintClient | None = None
+        if predictor_endpoint and expert_cache.policy.hints is HintUse.IGNORE:
+            logger.info("The predictor is not asked: policy %s ignores hints.", expert_cache.policy.name)
+        elif predictor_endpoint:
+            self.client = HintClient(predictor_endpoint, spec, inbox)
+        samplers = (self.traces,) if self.client is None else (self.client, self.traces)
+        self.observer = LayerObserver(spec.num_moe_layers, device, samplers)
+
+    def attach(self, loaded: LoadedModel, layer_modules: Sequence[str], recorder: StepRecorder) -> None:
+        """Hears of steps, layers and loads from now on.
+
+        Raises:
+            ModelUnsupported: see `install_hooks`.
+        """
+        # The observer first: whether a step is traced is known before its first event.
+        recorder.ledger.listeners = (self.observer.begin_step, self._expert_cache.begin_step)
+        self._expert_cache.sinks += [recorder, self.scores, self.maps, self.traces.record]
+        install_hooks(loaded.model, layer_modules, self.observer, lambda _: self._expert_cache.notice())
+
+    def begin(self) -> None:
+        """Counts from here, and looks for the predictor: what start-up did is nobody's use."""
+        self.scores.restart()
+        if self.client is not None:
+            self.client.start()
+
+    def close(self) -> None:
+        """Ends the predictor's client."""
+        if self.client is not None:
+            self.client.close()
+
+    def hint_report(self) -> HintReport:
+        """What is told of hints."""
+        return HintReport(self.scores, self._inbox, self.client)
