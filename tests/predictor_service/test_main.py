@@ -1,0 +1,53 @@
+"""The command: a bug is not taken for a wrong setting, and a wrong setting is one sentence."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from predictor_service import __main__ as command
+from predictor_service.config import PredictorConfig
+from promoe.config import SettingUnfit
+from promoe.errors import EXIT_PACK_DAMAGED, PackDamaged, Unavailable
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before
+
+
+def run_with(failure: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> int:
+    def fail(config: PredictorConfig) -> None:
+        raise failure
+
+    monkeypatch.setattr(command, "serve", fail)
+    return command.main(["--set", f"predictor.pack={tmp_path}"])
+
+
+def test_a_bug_s_value_error_comes_with_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        run_with(ValueError("not enough values to unpack"), monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [
+        (SettingUnfit("predictor.x is 9; allowed: 1 to 8"), 2),
+        (Unavailable("Nobody is there."), 1),
+        (PackDamaged("The routers are damaged."), EXIT_PACK_DAMAGED),
+    ],
+)
+def test_what_a_person_can_mend_is_a_sentence_and_a_status(
+    failure: Exception, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with(failure, monkeypatch, tmp_path) == status
+    assert capsys.readouterr().err == f"predictor_service: {failure}\n"
+
+
+def test_a_setting_that_cannot_be_read_is_refused_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--set", "predictor.speed=3"]) == 2
+    assert capsys.readouterr().err.startswith("predictor_service: predictor.speed is not a setting; known in ")
