@@ -4,6 +4,7 @@ import typer
 
 from promoe.cli.options import takes
 from promoe.cli.trace_record import RecordFlags, record
+from promoe.cli.trace_stats import StatsFlags, stats
 
 
 def make_trace_app() -> typer.Typer:
@@ -15,4 +16,5 @@ def make_trace_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.command()(takes(RecordFlags)(record))
+    app.command()(takes(StatsFlags)(stats))
     return app
