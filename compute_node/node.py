@@ -124,10 +124,8 @@ class ComputeNode:
         engine, engine_reason = starter.start(config.engine)
         self._closers.callback(engine.stop)
         logger.info("Engine: %s. %s", engine.kind.value, engine_reason)
-        recorder.begin()
-        path.expert_cache.restart_counters()
         self._closers.callback(watch.close)
-        watch.begin()
+        watch.begin(recorder)
         report = CacheReport(
             config, plan, path.expert_cache, path.transfers, recorder, store, watch.hint_report(), watch.maps
         )

@@ -69,8 +69,10 @@ class StepWatch:
         self._expert_cache.sinks += [recorder, self.scores, self.maps, self.traces.record]
         install_hooks(loaded.model, layer_modules, self.observer, lambda _: self._expert_cache.notice())
 
-    def begin(self) -> None:
+    def begin(self, recorder: StepRecorder) -> None:
         """Counts from here, and looks for the predictor: what start-up did is nobody's use."""
+        recorder.begin()
+        self._expert_cache.restart_counters()
         self.scores.restart()
         if self.client is not None:
             self.client.start()

@@ -1,109 +1,30 @@
 """The predictor's client over real sockets: whatever the service does, the engine goes on, and it is counted."""
 
-import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from compute_node.device.cpu import CpuDevice
-from compute_node.hint_client import HintClient, Patience, PredictorState
-from compute_node.hint_inbox import HintInbox, ReceivedHint
-from compute_node.hint_session import FREE_HINTS, QUEUE_CAPACITY, HintTraffic
-from compute_node.layer_observer import LayerObserver
+from compute_node.hint_client import PredictorState
+from compute_node.hint_session import QUEUE_CAPACITY, HintTraffic
 from promoe.hint import ObservedKind, PredictorVersion, StepSpan, StepStart
 from promoe.hint_wire import decode_observation, decode_step_start
-from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
 from promoe.v1 import predictor_pb2 as pb
+from tests.contract.hint_node import HIDDEN, PATIENCE, SPEC, node_at, warnings_in
 from tests.running_store import wait_until
 from tests.scripted_predictor import (
     VERSION,
     Response,
-    Script,
     ScriptedPredictor,
     good_hint,
     hints,
-    one_hint_each,
     welcome,
 )
-
-NUM_LAYERS, NUM_EXPERTS, HIDDEN = 4, 8, 6
-SPEC = ModelSpec(
-    name="tiny",
-    family="qwen2_moe",
-    fingerprint="f" * 16,
-    num_moe_layers=NUM_LAYERS,
-    num_experts=NUM_EXPERTS,
-    experts_per_token=2,
-    hidden_size=HIDDEN,
-    vocab_size=10,
-    max_context_tokens=10,
-    layout=ExpertLayout.of(Dtype.BFLOAT16, {"w": (2, 2)}),
-)
-PATIENCE = Patience(first_retry_s=0.01, last_retry_s=0.05, welcome_s=0.3, settled_s=60.0)
-ENGINE_DEADLINE_S = 2.0
-"""For hundreds of calls that wait for nobody, on a machine that is busy."""
-
-
-class Node:
-    """The node's side: an engine thread's observer, a client and its inbox."""
-
-    def __init__(self, endpoint: str, patience: Patience = PATIENCE) -> None:
-        self.inbox = HintInbox(100_000)
-        self.client = HintClient(endpoint, SPEC, self.inbox, patience)
-        self.observer = LayerObserver(NUM_LAYERS, CpuDevice(), [self.client])
-        self.step = 0
-        self.engine_s = 0.0
-        self.received: list[ReceivedHint] = []
-
-    def run_step(self, num_tokens: int = 1, ended: tuple[str, ...] = ()) -> None:
-        """One forward pass as the engine's thread announces it; its time is added to `engine_s`."""
-        began_s = time.perf_counter()
-        self.step += 1
-        self.observer.begin_step(StepStart(self.step, (StepSpan("r", num_tokens, num_tokens > 1),), ended))
-        hidden_TD = torch.full((num_tokens, HIDDEN), float(self.step))
-        for layer in range(NUM_LAYERS):
-            self.observer.layer_input(layer, hidden_TD + layer)
-            self.observer.routed(layer, np.full((num_tokens, 2), layer), hidden_TD)
-        self.observer.last_output(hidden_TD + NUM_LAYERS)
-        self.engine_s += time.perf_counter() - began_s
-
-    def run_until(self, condition: Callable[[], bool]) -> None:
-        """Steps, until the condition holds."""
-
-        def stepped() -> bool:
-            self.run_step()
-            self.received += self.inbox.drain()
-            return condition()
-
-        wait_until(stepped)
-
-    @property
-    def is_connected(self) -> bool:
-        return self.client.state is PredictorState.CONNECTED
-
-    def wait_for_state(self, state: PredictorState) -> None:
-        wait_until(lambda: self.client.state is state)
-
-
-@contextmanager
-def node_at(endpoint: str, patience: Patience = PATIENCE) -> Iterator[Node]:
-    node = Node(endpoint, patience)
-    node.client.start()
-    try:
-        yield node
-    finally:
-        began_s = time.perf_counter()
-        node.client.close()
-        assert time.perf_counter() - began_s < ENGINE_DEADLINE_S, "closing waits for nobody"
-    assert node.engine_s < ENGINE_DEADLINE_S, "the engine's thread waits for nobody"
-    assert node.client.state is PredictorState.AWAY
 
 
 @pytest.fixture
@@ -114,10 +35,6 @@ def endpoint(socket_dir: Path) -> str:
 @pytest.fixture(autouse=True)
 def _told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "compute_node")
-
-
-def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 # ---- a service that behaves
@@ -261,7 +178,8 @@ def test_a_service_that_never_welcomes_gets_no_observations(endpoint: str, caplo
         stop.wait(30)
         yield welcome()
 
-    with ScriptedPredictor(endpoint, SPEC, silent) as service, node_at(endpoint) as node:
+    patience = replace(PATIENCE, welcome_s=0.2)
+    with ScriptedPredictor(endpoint, SPEC, silent) as service, node_at(endpoint, patience) as node:
         node.run_until(lambda: service.num_sessions >= 3)
         stop.set()
         assert service.observations() == []
@@ -300,173 +218,6 @@ def test_a_service_that_stops_reading_costs_observations_only(endpoint: str) -> 
             for request_id in request.requests_ended.request_ids
         ]
     assert sorted(told) == sorted(f"r{step}" for step in range(1000)), "ends are told, however late"
-
-
-# ---- a service that talks nonsense
-
-
-def nonsense(observation: pb.Observation) -> dict[str, pb.Hint]:
-    def damaged(**fields: object) -> pb.Hint:
-        hint = good_hint(observation)
-        for name, value in fields.items():
-            hint.ClearField(name)  # type: ignore[arg-type]
-            hint.MergeFrom(pb.Hint(**{name: value}))  # type: ignore[arg-type]
-        return hint
-
-    return {
-        "layer out of range": damaged(layer=NUM_LAYERS),
-        "layer far out of range": damaged(layer=2**32 - 1),
-        "expert out of range": damaged(experts=[1, 2, NUM_EXPERTS]),
-        "expert beyond 16 bits": damaged(experts=[1, 2, 2**20]),
-        "an expert twice": damaged(experts=[1, 2, 1]),
-        "NaN": damaged(scores=[0.9, float("nan"), 0.1]),
-        "infinite": damaged(scores=[float("inf"), 0.5, 0.1]),
-        "infinite twice": damaged(scores=[float("inf"), float("-inf"), 0.1]),
-        "no probability": damaged(scores=[1.5, 0.5, 0.1]),
-        "negative": damaged(scores=[0.5, 0.2, -0.1]),
-        "more experts than scores": damaged(scores=[0.5]),
-        "more scores than experts": damaged(experts=[]),
-        "too many expected": damaged(num_expected=NUM_EXPERTS + 1),
-    }
-
-
-NONSENSE = list(nonsense(pb.Observation()))
-
-
-@pytest.mark.parametrize("name", NONSENSE)
-def test_nonsense_is_dropped_counted_and_said_once(endpoint: str, caplog: pytest.LogCaptureFixture, name: str) -> None:
-    def garbage(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
-        next(requests)
-        yield welcome()
-        for request in requests:
-            if request.HasField("observation") and request.observation.layer < NUM_LAYERS - 1:
-                yield hints(nonsense(request.observation)[name], good_hint(request.observation))
-
-    with ScriptedPredictor(endpoint, SPEC, garbage), node_at(endpoint) as node:
-        node.wait_for_state(PredictorState.CONNECTED)
-        for _ in range(5):
-            node.run_step()
-        wait_until(lambda: node.client.traffic.invalid == 15)
-        node.run_until(lambda: len(node.received) >= 15)
-    assert all(r.hint.experts.tolist() == [3, 1, 2] for r in node.received)
-    assert len(warnings_in(caplog)) == 1
-    assert "A hint is dropped (invalid)" in warnings_in(caplog)[0]
-
-
-def test_hints_of_a_version_that_was_not_announced_are_dropped(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
-    def impostor(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
-        next(requests)
-        yield welcome()
-        for request in requests:
-            if request.HasField("observation"):
-                yield hints(good_hint(request.observation, "another@9"))
-
-    with ScriptedPredictor(endpoint, SPEC, impostor), node_at(endpoint) as node:
-        node.run_until(lambda: node.client.traffic.wrong_version >= 20)
-    assert node.received == []
-    assert (node.inbox.drain(), node.client.traffic.invalid) == ([], 0)
-    assert len(warnings_in(caplog)) == 1
-    assert "wrong_version" in warnings_in(caplog)[0]
-
-
-def test_a_million_hints_a_second_end_the_session(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
-    message = hints(*[good_hint(pb.Observation(step=1, layer=0))] * 64).SerializeToString()
-
-    def flood(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
-        next(requests)
-        yield welcome()
-        yield from itertools.repeat(message)
-
-    with ScriptedPredictor(endpoint, SPEC, flood) as service, node_at(endpoint) as node:
-        wait_until(lambda: service.num_sessions >= 4)
-        node.run_step()
-        num_came = len(node.inbox.drain())
-        assert 0 < num_came <= service.num_sessions * FREE_HINTS
-    # Said once, although it floods whenever it is let in again.
-    assert len(warnings_in(caplog)) == 1
-    assert "It sent more than" in warnings_in(caplog)[0]
-
-
-def test_one_enormous_message_is_a_flood(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
-    message = hints(*[pb.Hint(version=VERSION.version)] * (FREE_HINTS + 1))
-
-    def flood(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
-        next(requests)
-        yield welcome()
-        yield message
-
-    with ScriptedPredictor(endpoint, SPEC, flood), node_at(endpoint) as node:
-        node.run_until(lambda: bool(warnings_in(caplog)))
-    assert node.received == []
-    assert "It sent more than" in warnings_in(caplog)[0]
-
-
-def bytes_instead(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
-    next(requests)
-    yield welcome()
-    yield b"\xff\xff\xff\xff"
-
-
-def bytes_at_once(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
-    yield b"\x0a\xff"
-
-
-def too_large(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
-    next(requests)
-    yield welcome()
-    yield bytes(2 << 20)
-
-
-def unknown_kind(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
-    message = welcome()
-    message.welcome.active.observed = pb.OBSERVED_KIND_UNSPECIFIED
-    yield message
-
-
-def no_rows(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
-    yield welcome(max_rows=0)
-
-
-def another_schema(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
-    message = welcome()
-    message.welcome.service.schema_version = "99.0"
-    yield message
-
-
-def ends_at_once(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
-    yield from ()
-
-
-@pytest.mark.parametrize(
-    ("script", "reason"),
-    [
-        (bytes_instead, "cannot be decoded"),
-        (bytes_at_once, "cannot be decoded"),
-        (too_large, "too large"),
-        (unknown_kind, "welcome cannot be understood"),
-        (no_rows, "wants no rows"),
-        (another_schema, "speaks schema 99.0"),
-        (ends_at_once, "ended the session"),
-    ],
-)
-def test_a_stream_that_makes_no_sense_is_ended_and_said_once(
-    endpoint: str, caplog: pytest.LogCaptureFixture, script: Script, reason: str
-) -> None:
-    with ScriptedPredictor(endpoint, SPEC, script) as service, node_at(endpoint) as node:
-        node.run_until(lambda: service.num_sessions >= 4)
-    assert [reason in message for message in warnings_in(caplog)] == [True]
-    assert node.received == []
-
-
-def test_hints_before_the_welcome_are_nobodys(endpoint: str) -> None:
-    def eager(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
-        yield hints(good_hint(pb.Observation(step=1)))
-        yield from one_hint_each(requests)
-
-    with ScriptedPredictor(endpoint, SPEC, eager), node_at(endpoint) as node:
-        node.wait_for_state(PredictorState.CONNECTED)
-        assert node.inbox.drain() == []
-        assert node.client.traffic.wrong_version == 1
 
 
 # ---- a service for somebody else
