@@ -180,7 +180,8 @@ class VirtualTransfers:
             end_s = begin_s + self._link.copy_s(chunk.nbytes)
             arrivals_s.append(end_s)
             if chunk.offset == 0:
-                chunk.load.begin_s = begin_s
+                # As on a GPU: when it was handed over, though bytes before it may still be under way.
+                chunk.load.begin_s = choice_s
             chunk.load.end_s = end_s
             self.meter.add(chunk.nbytes, end_s - begin_s)
             self.queue.issued(VirtualTicket(self._clock, end_s))
