@@ -91,7 +91,7 @@ class Up:
         return process
 
     def services(self) -> list[psutil.Process]:
-        return [self.service("expert_store"), self.service("compute_node")]
+        return [self.service(module) for module in ("expert_store", "compute_node", "predictor_service")]
 
 
 @contextmanager
@@ -152,6 +152,7 @@ def test_packs_on_first_use_and_serves_every_command(shared: Up, checkpoint: Pat
         rf"pack: .*on first use.*\n{lines}pack: .* is packed in .*\n{lines}fill: {lines}load: ", shared.lines()
     )
     assert "4 of 8 experts per layer on the device (cache rate 0.5" in shared.lines()
+    assert re.search(r"^ready: .*, predictor gate_ahead@1$", shared.lines(), re.MULTILINE)
     services = shared.services()
     assert {os.getpgid(service.pid) for service in services} == {service.pid for service in services}
 
@@ -170,7 +171,9 @@ def test_packs_on_first_use_and_serves_every_command(shared: Up, checkpoint: Pat
     leases = status["store_stats"]["leases"]
     assert isinstance(leases, list)
     assert [lease["pid"] for lease in leases] == [services[1].pid]
-    assert "hit rate" in home.run("status").stdout
+    words = home.run("status").stdout
+    assert "hit rate" in words
+    assert re.search(r"predictor +gate_ahead@1 at unix:.*/predictor\.sock: connected, lookahead 2", words)
 
     second = home.run("up", str(checkpoint), "--listen", "127.0.0.1:0")
     assert second.returncode == 1
@@ -196,6 +199,38 @@ def test_a_killed_store_is_adopted_and_a_killed_node_is_restarted(shared: Up) ->
     after = json.loads(shared.home.run("generate", "Hello", "-n", "6", "--json").stdout)
     assert after["token_ids"] == before["token_ids"]
     assert shared.service("compute_node").pid != node.pid
+
+
+@pytest.mark.slow
+def test_a_killed_predictor_comes_back_and_the_node_with_it(shared: Up) -> None:
+    def active() -> object:
+        node = shared.home.status()["node"]
+        assert isinstance(node["predictor"], dict)
+        return node["predictor"]["active"]
+
+    before = json.loads(shared.home.run("generate", "Hello", "-n", "6", "--json").stdout)
+    assert active()
+    killed = shared.service("predictor_service")
+    killed.kill()
+    shared.wait_for("The predictor was killed by SIGKILL")
+    during = json.loads(shared.home.run("generate", "Hello", "-n", "6", "--json").stdout)
+    assert during["token_ids"] == before["token_ids"]
+    end_s = time.perf_counter() + DEADLINE_S
+    while not active():
+        assert time.perf_counter() < end_s, shared.lines()
+    assert shared.service("predictor_service").pid != killed.pid
+    assert "restarting the predictor" not in shared.lines(), "the stack stays ready"
+
+
+@pytest.mark.slow
+def test_without_a_predictor_none_is_started(home: Home, checkpoint: Path) -> None:
+    endpoint = f"unix:{home.run_dir}/node.sock"
+    with running_up(home, str(checkpoint), "--listen", endpoint, "--predictor", "none", *FEW_RESOURCES) as up:
+        up.wait_for("ready: tiny on")
+        assert re.search(r"^ready: .*, no predictor$", up.lines(), re.MULTILINE)
+        assert len(psutil.Process(up.process.pid).children()) == 2
+        up.process.terminate()
+        assert up.process.wait(DEADLINE_S) == 0
 
 
 @pytest.mark.slow
