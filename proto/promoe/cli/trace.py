@@ -5,6 +5,7 @@ import typer
 from promoe.cli.options import takes
 from promoe.cli.trace_record import RecordFlags, record
 from promoe.cli.trace_stats import StatsFlags, stats
+from promoe.cli.trace_timeline import TimelineFlags, timeline
 
 
 def make_trace_app() -> typer.Typer:
@@ -17,4 +18,5 @@ def make_trace_app() -> typer.Typer:
     )
     app.command()(takes(RecordFlags)(record))
     app.command()(takes(StatsFlags)(stats))
+    app.command()(takes(TimelineFlags)(timeline))
     return app
