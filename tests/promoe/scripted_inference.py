@@ -84,6 +84,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.num_info_calls = 0
         self.schema_version = SCHEMA_VERSION
         self.instance_id = "i1"
+        self.device_kind = "cpu"
         self.predictor = inference_pb2.PredictorLink()
         self.hung_up = threading.Event()
         self.hanging = threading.Event()
@@ -106,7 +107,8 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             engine=inference_pb2.ENGINE_KIND_CONTINUOUS,
             engine_reason="Continuous batching holds its KV.",
             device=inference_pb2.DeviceInfo(
-                kind="cpu", name="Test CPU", reason="No CUDA device.", link="emulated", emulated_link_bytes_per_s=10**9
+                kind=self.device_kind, name="Test CPU", reason="No CUDA device.", link="emulated",
+                emulated_link_bytes_per_s=10**9,
             ),
             limits=inference_pb2.Limits(max_context_tokens=512, max_new_tokens=256, max_prompt_bytes=4096),
             expert_cache=_shape(),

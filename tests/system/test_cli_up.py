@@ -297,7 +297,7 @@ def test_a_damaged_pack_in_the_cache_is_mended_by_the_command_that_is_printed(ho
 
 
 @pytest.mark.slow
-def test_the_demo_answers_two_questions_with_figures(demo_checkpoint: Path) -> None:
+def test_the_demo_compares_three_nodes(demo_checkpoint: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder:
         home = Home(Path(folder))
         models = home.path / "cache" / "models"
@@ -306,5 +306,9 @@ def test_the_demo_answers_two_questions_with_figures(demo_checkpoint: Path) -> N
         ended = home.run("demo", "-n", "24")
     assert ended.returncode == 0, ended.stderr
     assert "Paris" in ended.stdout
-    assert re.search(r"cache rate 0\.5, lru\)\nhit rate decode [\d.]+ %, .*TTFT .*TPOT .*moved", ended.stdout)
+    assert ended.stdout.count("GoodPred") == 3 + 1, "after each answer, and in the table"
+    rows = re.findall(r"^ +(reactive LRU|ProMoE|promoe) .* ([\d.]+ %|–) +[\d.]+ *$", ended.stdout, re.MULTILINE)
+    assert [name for name, _ in rows] == ["reactive LRU", "ProMoE", "promoe"]
+    assert [good_pred == "–" for _, good_pred in rows] == [True, False, False], "only predictors have a GoodPred"
+    assert "gave the same tokens" in ended.stdout
     assert "stop: stopped" in ended.stderr

@@ -1,7 +1,6 @@
-"""`promoe demo`: the stack on the demo model at half its experts, two questions, and the figures."""
+"""`promoe demo`: the demo model at half its experts, a few questions, and promoe beside ProMoE and reactive LRU."""
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +11,23 @@ from typing import Annotated, Final
 import typer
 
 from promoe.cli.console import output_console, state_console
-from promoe.cli.figures import answer_figures
+from promoe.cli.contest import Ring, corners_up, plan_corner
+from promoe.cli.demo_comparison import CONTESTANTS, Comparison, compare, emulated_link, summary
 from promoe.cli.options import RunDirOption
-from promoe.cli.quantity import format_nbytes, format_rate, format_s
 from promoe.cli.run_dir import RunDir
-from promoe.cli.stack import ready_phrase
+from promoe.cli.stack import Stack
+from promoe.cli.stack_plan import NO_PREDICTOR
 from promoe.cli.stack_view import PlainView
 from promoe.cli.stop_signals import StopSignals
 from promoe.cli.up import UpOptions, brought_up
 from promoe.client import Client
-from promoe.errors import InternalError, PromoeError
-from promoe.generation import FinishReason, Usage
+from promoe.errors import PromoeError
 
-_QUESTIONS: Final = ("What is the capital of France?", "Why do leaves change their colour in autumn?")
-_ANSWER_DEADLINE_S: Final = 600.0
+_QUESTIONS: Final = (
+    "What is the capital of France?",
+    "Why do leaves change their colour in autumn?",
+    "Give me three facts about whales.",
+)
 
 
 @dataclass(frozen=True)
@@ -33,29 +35,46 @@ class DemoFlags:
     """The flags of `promoe demo`."""
 
     cache_rate: Annotated[float, typer.Option(help="Share of all experts that fits the device.")] = 0.5
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens of each answer at most.")] = 80
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=2, help="Tokens of each answer at most.")] = 40
     device: Annotated[str | None, typer.Option(help="auto, cuda or cpu.")] = None
     wheel: Annotated[Path | None, typer.Option(help="The demo model's base wheel, if it is already here.")] = None
     run_dir: RunDirOption = None
 
 
 def demo(flags: DemoFlags) -> None:
-    """Start everything on the demo model, ask two questions, print the figures, stop everything."""
+    """Ask the demo model a few questions under promoe, ProMoE and reactive LRU side by side, and compare them."""
     with demo_folder() as folder, StopSignals() as stop:
         run_dir = RunDir(flags.run_dir or folder / "run")
         options = UpOptions(
-            cache_rate=flags.cache_rate,
+            cache_rate=1.0,
             device=flags.device,
             listen=f"unix:{run_dir.path / 'node.sock'}",
+            predictor=NO_PREDICTOR,
             demo_wheel=flags.wheel,
         )
         with brought_up(options.plan(run_dir), run_dir, PlainView(state_console()), stop) as stack:
             if stack is not None:
-                with Client(stack.plan.endpoint) as client:
-                    usages = [ask_question(client, question, flags.max_tokens, stop) for question in _QUESTIONS]
-                    _print_summary(client, usages)
+                comparison = _run(stack, run_dir, flags, stop)
+                if comparison is not None:
+                    output_console().print(summary(comparison), soft_wrap=True)
         if stop.asked:
             raise typer.Exit(130)
+
+
+def _run(stack: Stack, run_dir: RunDir, flags: DemoFlags, stop: StopSignals) -> Comparison | None:
+    """The stack's own node has every expert resident: it says how fast computing alone is. None after a signal."""
+    with Client(stack.plan.endpoint) as resident:
+        link = emulated_link(resident, stop)
+        start = "Starting three nodes and two predictors on the same expert store …"
+        state_console().print(f"\n{link.phrase}\n{start}", soft_wrap=True)
+        settings = (f"compute.cache_rate={flags.cache_rate}", *link.settings)
+        if flags.device is not None:
+            settings = (*settings, f"compute.device={flags.device}")
+        ring = Ring(stack.plan.pack, run_dir, settings)
+        with corners_up({each: plan_corner(ring, each) for each in CONTESTANTS}, stop) as clients:
+            if not clients:
+                return None
+            return compare(clients, resident, _QUESTIONS, flags.max_tokens, stop)
 
 
 @contextmanager
@@ -74,41 +93,3 @@ def demo_folder() -> Iterator[Path]:
     finally:
         if not (has_failed and any(folder.rglob("*.log"))):
             shutil.rmtree(folder)
-
-
-def ask_question(client: Client, question: str, max_tokens: int, stop: StopSignals) -> Usage:
-    """Streams one answer; raises InternalError when it is not what an answer must be."""
-    output_console().print(f"\n[bold]{question}[/bold]")
-    messages = [{"role": "user", "content": question}]
-    with client.generate(messages, max_tokens=max_tokens, deadline_s=_ANSWER_DEADLINE_S) as stream:
-        for piece in stream:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            if stop.asked:
-                raise typer.Exit(130)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    answer = stream.answer
-    if answer.usage is None or answer.finish_reason in (None, FinishReason.UNSPECIFIED):
-        raise InternalError(f"The answer to {question!r} did not end properly.")
-    if not answer.text.strip():
-        raise InternalError(f"The answer to {question!r} is empty.")
-    if answer.usage.decode.hit_rate is None:
-        raise InternalError("The node counted no expert accesses: its expert cache was not used.")
-    output_console().print(answer_figures(answer.usage), style="dim", soft_wrap=True)
-    return answer.usage
-
-
-def _print_summary(client: Client, usages: list[Usage]) -> None:
-    stats = client.cache_stats()
-    info = client.info()
-    tpots = [usage.tpot_s for usage in usages if usage.tpot_s is not None]
-    console = output_console()
-    console.print(f"\n[bold]promoe demo[/bold] · {ready_phrase('unix socket', info)}", soft_wrap=True)
-    console.print(
-        f"hit rate decode {format_rate(stats.decode.hit_rate)}, prefill {format_rate(stats.prefill.hit_rate)} · "
-        f"TTFT {format_s(sum(usage.ttft_s for usage in usages) / len(usages))} · "
-        f"TPOT {format_s(sum(tpots) / len(tpots)) if tpots else '–'} · "
-        f"{format_nbytes(stats.uploaded_bytes)} of experts moved",
-        soft_wrap=True,
-    )
