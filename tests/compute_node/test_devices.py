@@ -90,3 +90,15 @@ def test_a_device_that_was_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyP
 def test_a_gpu_has_a_real_link() -> None:
     with pytest.raises(SettingUnfit, match="a GPU has a real one"):
         choose_device(DeviceChoice.CUDA, 1e9)
+
+
+@pytest.mark.parametrize("open_device", DEVICES)
+def test_rows_come_to_the_host_as_they_were_when_they_were_asked_for(open_device: Callable[[], Device]) -> None:
+    device = open_device()
+    hidden_TD = torch.arange(12, dtype=torch.bfloat16).reshape(4, 3).to(device.torch_device)
+    every, some = device.copy_to_host(hidden_TD, None), device.copy_to_host(hidden_TD, device.index_rows((1, 3)))
+    hidden_TD.zero_()
+    expected_TD = torch.arange(12, dtype=torch.bfloat16).reshape(4, 3)
+    assert torch.equal(every.wait(), expected_TD)
+    assert torch.equal(some.wait(), expected_TD[[1, 3]])
+    assert every.tensor.device.type == some.tensor.device.type == "cpu"

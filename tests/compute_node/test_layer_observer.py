@@ -1,0 +1,146 @@
+"""What a sampler gets of a step is what it asked for: the rows it is told of, as the layers saw them."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compute_node.device.cpu import CpuDevice
+from compute_node.device.seam import HostCopy
+from compute_node.layer_observer import LayerObserver
+from compute_node.layer_sample import LayerSample, WantedSamples, sampled_rows
+from promoe.hint import ObservedKind, StepSpan, StepStart
+
+NUM_LAYERS, HIDDEN, EXPERTS_PER_TOKEN = 3, 4, 2
+
+
+@dataclass
+class Sampler:
+    """Wants the same of every step, and keeps it."""
+
+    wanted: WantedSamples | None
+    starts: list[StepStart] = field(default_factory=list)
+    samples: list[LayerSample] = field(default_factory=list)
+
+    def begin_step(self, start: StepStart) -> WantedSamples | None:
+        self.starts.append(start)
+        return self.wanted
+
+    def take(self, sample: LayerSample) -> None:
+        self.samples.append(sample)
+
+
+class CountingDevice(CpuDevice):
+    """A device that counts its copies."""
+
+    num_copies = 0
+
+    def copy_to_host(self, hidden_TD: torch.Tensor, index_R: torch.Tensor | None) -> HostCopy:
+        self.num_copies += 1
+        return super().copy_to_host(hidden_TD, index_R)
+
+
+def layer_input(step: int, layer: int, num_tokens: int) -> torch.Tensor:
+    rows = torch.arange(num_tokens)[:, None] + torch.zeros(1, HIDDEN)
+    return rows + 100 * layer + 1000 * step
+
+
+def routing(layer: int, num_tokens: int) -> np.ndarray:
+    return np.arange(num_tokens * EXPERTS_PER_TOKEN).reshape(num_tokens, -1) + layer
+
+
+def run_step(observer: LayerObserver, step: int, spans: tuple[StepSpan, ...], padding: int = 0) -> None:
+    """As the engine's thread does it; what was shown is overwritten afterwards, as compute may do."""
+    observer.begin_step(StepStart(step, spans))
+    num_rows = sum(span.num_tokens for span in spans) + padding
+    for layer in range(NUM_LAYERS):
+        hidden_TD = layer_input(step, layer, num_rows)
+        observer.layer_input(layer, hidden_TD)
+        hidden_TD.mul_(-1)
+        observer.routed(layer, routing(layer, num_rows), hidden_TD)
+        hidden_TD.zero_()
+    output_TD = layer_input(step, NUM_LAYERS, num_rows)
+    observer.last_output(output_TD)
+    output_TD.zero_()
+
+
+def observer_of(*samplers: Sampler, device: CpuDevice | None = None) -> LayerObserver:
+    return LayerObserver(NUM_LAYERS, device or CpuDevice(), samplers)
+
+
+@pytest.mark.parametrize("layer_input_wanted", [False, True])
+@pytest.mark.parametrize("router_input_wanted", [False, True])
+@pytest.mark.parametrize("routing_wanted", [False, True])
+@given(spans=st.lists(st.integers(1, 5), min_size=1, max_size=3), max_rows=st.integers(1, 6), padding=st.integers(0, 2))
+def test_samples_are_the_rows_of_what_was_shown(
+    layer_input_wanted: bool,
+    router_input_wanted: bool,
+    routing_wanted: bool,
+    spans: list[int],
+    max_rows: int,
+    padding: int,
+) -> None:
+    sampler = Sampler(WantedSamples(max_rows, layer_input_wanted, router_input_wanted, routing_wanted))
+    step_spans = tuple(StepSpan(f"r{i}", n, n > 1) for i, n in enumerate(spans))
+    observer = observer_of(sampler)
+    run_step(observer, 1, step_spans, padding)
+    run_step(observer, 2, step_spans)
+    rows = sampled_rows(step_spans, max_rows)
+    routings: list[tuple[int, int]] = []
+    for sample in sampler.samples:
+        assert (sample.rows, sample.num_tokens) == (rows, sum(spans))
+        sign = 1 if sample.kind is ObservedKind.LAYER_INPUT else -1
+        if sample.hidden is None:
+            assert sample.kind is ObservedKind.NONE
+        else:
+            shown_TD = sign * layer_input(sample.step, sample.layer, sum(spans))
+            assert torch.equal(sample.hidden.wait(), shown_TD[list(rows)])
+        for known in sample.routings:
+            assert known.layer <= sample.layer
+            assert known.topk_ids_RK.dtype == np.uint16
+            np.testing.assert_array_equal(known.topk_ids_RK, routing(known.layer, sum(spans))[list(rows)])
+            routings.append((sample.step, known.layer))
+    kinds = [(sample.step, sample.layer, sample.kind) for sample in sampler.samples]
+    expected: list[tuple[int, int, ObservedKind]] = []
+    for step in (1, 2):
+        for layer in range(NUM_LAYERS):
+            if layer_input_wanted:
+                expected.append((step, layer, ObservedKind.LAYER_INPUT))
+            if router_input_wanted:
+                expected.append((step, layer, ObservedKind.ROUTER_INPUT))
+            elif routing_wanted and not layer_input_wanted:
+                expected.append((step, layer, ObservedKind.NONE))
+        if layer_input_wanted:
+            expected.append((step, NUM_LAYERS, ObservedKind.LAYER_INPUT))
+    assert kinds == expected
+    # Every layer's routing exactly once, and none is left over for the next step.
+    every = [(step, layer) for step in (1, 2) for layer in range(NUM_LAYERS)]
+    assert routings == (every if routing_wanted else [])
+
+
+def test_nothing_is_copied_for_nobody() -> None:
+    device, sampler = CountingDevice(), Sampler(None)
+    run_step(observer_of(sampler, device=device), 1, (StepSpan("r", 3, True),))
+    assert (device.num_copies, sampler.samples, len(sampler.starts)) == (0, [], 1)
+
+
+def test_two_who_want_the_same_share_a_copy() -> None:
+    device = CountingDevice()
+    same = [Sampler(WantedSamples(2, True, False, False)) for _ in range(2)]
+    other = Sampler(WantedSamples(1, True, False, False))
+    run_step(observer_of(*same, other, device=device), 1, (StepSpan("r", 3, True),))
+    assert device.num_copies == 2 * (NUM_LAYERS + 1)
+    assert same[0].samples[0].hidden is same[1].samples[0].hidden
+    assert other.samples[0].rows == (2,)
+
+
+def test_a_step_without_tokens_is_nobodys() -> None:
+    sampler = Sampler(WantedSamples(2, True, True, True))
+    observer = observer_of(sampler)
+    observer.begin_step(StepStart(1, ()))
+    observer.layer_input(0, torch.zeros(0, HIDDEN))
+    observer.routed(0, np.zeros((0, EXPERTS_PER_TOKEN), np.int64), torch.zeros(0, HIDDEN))
+    assert sampler.samples == []
