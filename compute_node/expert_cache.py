@@ -67,6 +67,7 @@ class CacheSurroundings:
         source_address: where an expert's blob lies in the mapped arena; raises Unavailable if it is not there.
         hints: where received hints wait.
         clock: seconds; real, or a replay's.
+        wait_begins: see `Device`.
     """
 
     marks: ComputeMarks
@@ -74,6 +75,7 @@ class CacheSurroundings:
     source_address: Callable[[ExpertId], int]
     hints: HintInbox
     clock: Callable[[], float] = time.perf_counter
+    wait_begins: Callable[[], None] = lambda: None
 
 
 class ExpertCache:
@@ -131,6 +133,7 @@ class ExpertCache:
                 new_load=self._new_load,
                 arrive=self._arrive,
                 stop=self._stop,
+                wait_begins=surroundings.wait_begins,
             ),
             policy,
         )
@@ -170,8 +173,13 @@ class ExpertCache:
             self._look_around()
 
     def snapshot(self) -> CacheSnapshot:
-        """What the slots hold and what eviction remembers."""
+        """What the slots hold and what eviction remembers: a replay that starts from it decides alike.
+
+        So everything else is given up: loads that nobody waits for, hints, and what was measured. Between steps, or
+        while a step's event is told.
+        """
         with self._lock:
+            self._prefetcher.start_over()
             resident = [
                 slot.expert.layer * self.geometry.num_experts + slot.expert.expert
                 if slot.expert is not None and slot.state is SlotState.READY

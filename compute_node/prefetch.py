@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from compute_node.expert_history import ExpertHistory
-from compute_node.hint_book import ComingVisit, HintBook
+from compute_node.hint_book import HintBook
 from compute_node.loads import Load, LoadState, Transfers
 from compute_node.pace import Pace
 from compute_node.prefetch_counters import PrefetchCounters
@@ -40,7 +40,6 @@ class Candidate:
     """An expert that may be loaded for a coming visit. The smallest rank is loaded first."""
 
     expert: ExpertId
-    probability: float
     rank: float
     reason: LoadReason
 
@@ -171,6 +170,20 @@ class Prefetcher:
         mine = [slot for slot in self._loading.values() if slot.pins == 0 and self._table.may_use(layer, slot)]
         return max(mine, key=lambda slot: slot.load.rank if slot.load is not None else 0.0, default=None)
 
+    def start_over(self) -> None:
+        """Forgets hints and measurements, and gives up all loads: between steps, nobody waits for any."""
+        loading = [slot for slot in self._table.slots if slot.load is not None]
+        self._transfers.pause([slot.load for slot in loading if slot.load is not None])
+        for slot in loading:
+            self._table.forget(slot)
+        for slot in self._table.slots:
+            slot.is_speculative = False
+        self._loading.clear()
+        self.book = HintBook(self._table.geometry.num_layers)
+        self.pace = Pace()
+        self.worth = PrefetchWorth(self._table.geometry.num_layers)
+        self._exhausted_version = -1
+
     def begin_step(self, is_prefill: bool) -> None:
         """What does not change within a step is looked up once, so that a trace can say it."""
         self.pace.begin_step(changes_phase=is_prefill != self.is_prefill)
@@ -219,66 +232,61 @@ class Prefetcher:
                 return
             probability_E = history.next_probability_LE[layer]
             for expert in np.argsort(-probability_E, kind="stable").tolist():
-                probability = float(probability_E[expert])
-                if probability < LEAST_STREAMED_PROBABILITY:
+                if probability_E[expert] < LEAST_STREAMED_PROBABILITY:
                     break
-                yield Candidate(ExpertId(layer, expert), probability, float(distance), LoadReason.STREAM)
+                yield Candidate(ExpertId(layer, expert), float(distance), LoadReason.STREAM)
 
     def _heads(self) -> Iterator[Candidate]:
         """The heads of the hints, layer by layer."""
         for visit in self.book.coming(HORIZON_LAYERS):
-            hint = visit.hint
-            num = min(hint.num_expected, self._table.geometry.slots_per_layer)
-            for place, expert in enumerate(hint.experts[:num].tolist()):
-                rank = self._rank(visit, place / self._history.num_experts)
-                yield Candidate(ExpertId(visit.layer, expert), float(hint.scores[place]), rank, LoadReason.PREFETCH)
+            num = min(visit.num_expected, self._table.geometry.slots_per_layer)
+            for place, expert in enumerate(visit.experts[:num]):
+                rank = self._rank(visit.distance, place / self._history.num_experts)
+                yield Candidate(ExpertId(visit.layer, expert), rank, LoadReason.PREFETCH)
 
     def _affordable(self) -> Iterator[Candidate]:
         """The likeliest experts that the link can carry in time: jobs of one size with deadlines and profits.
 
         Taken by probability; one is left out when, with it, more would have to be carried before some visit than can.
         """
-        wanted: list[tuple[float, int, ComingVisit, int]] = []
+        wanted = self._likely()
+        if not wanted:
+            return
+        per_layer = self.link_bytes_per_s * (self.pace.layer_s or 0.0) / self._blob_nbytes
+        num_before = [0] * (HORIZON_LAYERS + 1)
+        chosen: list[tuple[float, ExpertId]] = []
+        for minus_score, distance, expert in wanted:
+            # A chunk is worth moving even if the rest is late: never less than one expert before each visit.
+            if any(
+                num_before[until] + 1 > max(1.0, until * per_layer) for until in range(distance, HORIZON_LAYERS + 1)
+            ):
+                continue
+            for until in range(distance, HORIZON_LAYERS + 1):
+                num_before[until] += 1
+            chosen.append((self._rank(distance, 1 + minus_score), expert))
+        chosen.sort()
+        for rank, expert in chosen:
+            yield Candidate(expert, rank, LoadReason.PREFETCH)
+
+    def _likely(self) -> list[tuple[float, int, ExpertId]]:
+        """(- probability, distance, expert) of what is hinted and not there, likeliest first."""
+        likely: list[tuple[float, int, ExpertId]] = []
         for visit in self.book.coming(HORIZON_LAYERS):
             if not self.worth.is_on(visit.layer):
                 continue
-            hint = visit.hint
-            for expert, score in zip(hint.experts.tolist(), hint.scores.tolist(), strict=True):
+            held = self._table.slot_of[visit.layer]
+            for expert, score in zip(visit.experts, visit.scores, strict=True):
                 if score < LEAST_PROBABILITY:
                     break
-                slot = self._table.find(visit.layer, expert)
+                slot = held.get(expert)
                 if slot is None or slot.kept_nbytes is not None:
-                    wanted.append((-score, visit.distance, visit, expert))
-        if not wanted:
-            return
-        wanted.sort(key=lambda want: want[:2])
-        num_by_distance = [0] * (HORIZON_LAYERS + 1)
-        affordable = [self._num_carried(distance) for distance in range(HORIZON_LAYERS + 1)]
-        chosen: list[Candidate] = []
-        for minus_score, distance, visit, expert in wanted:
-            num_by_distance[distance] += 1
-            carried = 0
-            for until in range(1, HORIZON_LAYERS + 1):
-                carried += num_by_distance[until]
-                if until >= distance and carried > affordable[until]:
-                    num_by_distance[distance] -= 1
-                    break
-            else:
-                rank = self._rank(visit, 1 + minus_score)
-                chosen.append(Candidate(ExpertId(visit.layer, expert), -minus_score, rank, LoadReason.PREFETCH))
-        chosen.sort(key=lambda candidate: candidate.rank)
-        yield from chosen
+                    likely.append((-score, visit.distance, ExpertId(visit.layer, expert)))
+        likely.sort()
+        return likely
 
-    def _num_carried(self, distance: int) -> float:
-        """Experts that the link carries before the visit, beside what is queued for earlier ones."""
-        if not self.link_bytes_per_s or self.pace.layer_s is None:
-            return FEWEST_QUEUED_BLOBS
-        # A chunk is worth moving even if the rest is late: never less than one expert.
-        return max(1.0, distance * self.pace.layer_s * self.link_bytes_per_s / self._blob_nbytes)
-
-    def _rank(self, visit: ComingVisit, fraction: float) -> float:
+    def _rank(self, distance: int, fraction: float) -> float:
         """Visits in the order they will happen; within one by `fraction`, from 0 to 1."""
-        return self.book.step * self._history.num_layers + self.book.layer + visit.distance + 0.999 * fraction
+        return self.book.step * self._history.num_layers + self.book.layer + distance + 0.999 * fraction
 
     def _start(self, candidate: Candidate) -> bool:
         """False when the expert is there already, or no slot is worth less."""

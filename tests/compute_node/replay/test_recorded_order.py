@@ -10,7 +10,7 @@ from compute_node.replay.hint_plan import HintSettings, HintSource
 from compute_node.replay.recorded_order import verify
 from compute_node.replay.recorded_policy import recorded_policy
 from compute_node.replay.recorded_run import RecordedRun
-from compute_node.schedule import POLICIES
+from compute_node.schedule import POLICIES, SchedulePolicy
 from promoe.ids import ExpertId
 from promoe.trace_events import LayerEvent, LoadEvent
 from tests.compute_node.replay.virtual_runs import TracedSimulation, by_step, made_up, what_if
@@ -24,34 +24,40 @@ HINTS = st.builds(
 )
 
 
+@st.composite
+def schedules(draw: st.DrawFn) -> SchedulePolicy:
+    """A named policy, some of its settings replaced."""
+    policy = draw(st.sampled_from([POLICIES[name] for name in sorted(POLICIES)]))
+    return replace(
+        policy,
+        chunk_nbytes=draw(st.none() | st.integers(500, 5000)),
+        max_chunks_in_flight=draw(st.integers(1, 3)),
+        early_preemption=draw(st.sampled_from([policy.early_preemption, True, False])),
+        reorder=draw(st.sampled_from([policy.reorder, True, False])),
+        serial=draw(st.sampled_from([False, False, True])),
+    )
+
+
 @settings(max_examples=40, deadline=None)
 @given(
-    policy=st.sampled_from(sorted(POLICIES)),
+    policy=schedules(),
     slots=st.integers(1, 8),
     hints=HINTS,
     seed=st.integers(0, 1000),
-    chunk_nbytes=st.none() | st.integers(500, 5000),
-    early_preemption=st.none() | st.booleans(),
+    first_step=st.integers(1, 12),
 )
 def test_every_policy_repeats_its_run_exactly(
-    policy: str,
-    slots: int,
-    hints: HintSettings,
-    seed: int,
-    chunk_nbytes: int | None,
-    early_preemption: bool | None,
+    policy: SchedulePolicy, slots: int, hints: HintSettings, seed: int, first_step: int
 ) -> None:
     run = made_up(MadeUpRun(num_layers=4, seed=seed, decode_steps=8))
-    chosen = replace(POLICIES[policy], chunk_nbytes=chunk_nbytes)
-    if early_preemption is not None:
-        chosen = replace(chosen, early_preemption=early_preemption)
-    traced = TracedSimulation(run, what_if(chosen, slots, hints))
+    traced = TracedSimulation(run, what_if(policy, slots, hints), first_step)
     traced.simulation.expert_cache.check_integrity()
     recorded = traced.recorded()
-    assert recorded_policy(recorded.header).early_preemption == chosen.early_preemption
-    verification = verify(recorded, recorded_policy(recorded.header))
+    own = recorded_policy(recorded.header)
+    assert replace(own, chunk_nbytes=None) == replace(policy, chunk_nbytes=None)
+    verification = verify(recorded, own)
     assert verification.parted is None
-    assert verification.num_accesses == run.num_accesses
+    assert verification.num_accesses == recorded.num_accesses
 
 
 @pytest.fixture

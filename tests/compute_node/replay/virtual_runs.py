@@ -40,16 +40,28 @@ def what_if(policy: str | SchedulePolicy, slots: int, hints: HintSettings | None
 
 
 class TracedSimulation:
-    """A simulation that is recorded as a node would be."""
+    """A simulation that is recorded as a node would be.
 
-    def __init__(self, run: RecordedRun, settings: WhatIf) -> None:
+    Args:
+        run: what it walks through.
+        settings: with which.
+        first_step: the recording begins with it, while the run is going on.
+    """
+
+    def __init__(self, run: RecordedRun, settings: WhatIf, first_step: int = 1) -> None:
         self._settings = settings
         self._run = run
+        self._first_step = first_step
         self.simulation = Simulation(run, settings)
         self.events: list[TraceEvent] = []
-        self.simulation.expert_cache.sinks.append(self.events.append)
-        self._snapshot = self.simulation.expert_cache.snapshot()
+        self.simulation.expert_cache.sinks.append(self._record)
         self.outcome: Outcome = self.simulation.run()
+
+    def _record(self, event: TraceEvent) -> None:
+        if isinstance(event, StepEvent) and event.step == self._first_step:
+            self._snapshot = self.simulation.expert_cache.snapshot()
+        if self.events or (isinstance(event, StepEvent) and event.step >= self._first_step):
+            self.events.append(event)
 
     def header(self) -> TraceHeader:
         """As a node with these settings would have written it."""
