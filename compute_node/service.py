@@ -175,7 +175,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         yield inference_pb2.TraceResponse(header=_encode_beginning(beginning, info, self._cache_stats()))
         async for batch in recording.batches():
             # Hidden states become bfloat16: no work for the event loop.
-            yield await asyncio.to_thread(encode_batch, batch)
+            yield await asyncio.to_thread(encode_batch, batch, beginning.began_s)
 
     def _cache_stats(self) -> node_report.CacheStats:
         return self._reporter.cache_stats(self._admission.num_running, self._admission.num_queued)

@@ -22,7 +22,7 @@ from compute_node.expert_cache import CacheSnapshot
 from compute_node.layer_sample import LayerSample, WantedSamples
 from promoe.errors import Overloaded, Unavailable
 from promoe.hint import Float32Array, ObservedKind, StepStart
-from promoe.trace_events import LayerEvent, LoadEvent, StepEvent, TraceBatch, TraceEvent
+from promoe.trace_events import LayerEvent, StepEvent, TraceBatch, TraceEvent
 
 MAX_ROWS: Final = 1024
 """Sampled tokens of a step that a trace may ask for."""
@@ -65,9 +65,10 @@ class TraceWish:
 
 @dataclass(frozen=True)
 class TraceBeginning:
-    """The moment before the first recorded step."""
+    """The moment before the first recorded step; `began_s` is on the events' clock."""
 
     snapshot: CacheSnapshot
+    began_s: float
     began_unix_s: float
 
 
@@ -103,7 +104,6 @@ class Recording:
         self._beginning: TraceBeginning | None = None
         self._dropped_steps = 0
         # Of the engine thread. Nothing is kept before the first step begins.
-        self._began_s = 0.0
         self._asked_step = 0
         self._left_out_step = 0
         self._current: _RecordedStep | None = None
@@ -151,8 +151,7 @@ class Recording:
             if any(isinstance(earlier, StepEvent) for earlier in self._current.events):
                 self._hand_over(self._current)
         elif self._beginning is None:
-            self._beginning = TraceBeginning(self._snapshot(), time.time())  # unix_s
-            self._began_s = event.at_s
+            self._beginning = TraceBeginning(self._snapshot(), event.at_s, time.time())  # unix_s
         if self._left_out_step == event.step or self._is_full():
             self._dropped_steps += 1
             self._current = None
@@ -205,24 +204,18 @@ class Recording:
             return step
 
     def _finish(self, step: _RecordedStep) -> list[list[TraceEvent]]:
-        """Batches of the step's events, with times since the beginning and with their hidden states."""
+        """Batches of the step's events with their hidden states; blocks until those have come."""
         batches: list[list[TraceEvent]] = [[]]
         nbytes = 0
         for event in step.events:
             if nbytes >= BATCH_NBYTES:
                 batches.append([])
                 nbytes = 0
-            at_s = event.at_s - self._began_s
             if isinstance(event, LayerEvent):
-                batches[-1].append(
-                    self._with_hidden(replace(event, at_s=at_s, end_s=event.end_s - self._began_s), step)
-                )
                 nbytes += step.nbytes // self._num_layers
-            elif isinstance(event, LoadEvent):
-                begin_s, end_s = event.begin_s - self._began_s, event.end_s - self._began_s
-                batches[-1].append(replace(event, at_s=at_s, begin_s=begin_s, end_s=end_s))
+                batches[-1].append(self._with_hidden(event, step))
             else:
-                batches[-1].append(replace(event, at_s=at_s))
+                batches[-1].append(event)
         return batches
 
     def _with_hidden(self, event: LayerEvent, step: _RecordedStep) -> LayerEvent:

@@ -81,7 +81,10 @@ def decode_tensor(message: predictor_pb2.Tensor) -> Float32Array:
 
 def _bfloat16_bits(values: Float32Array) -> np.ndarray:
     """The upper half of each float32, rounded to nearest even."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    bits = np.ascontiguousarray(values, _FLOAT32).view(np.uint32)
+    halves = bits.view(_BFLOAT16_BITS).reshape(*bits.shape, 2)
+    if not halves[..., 0].any():  # what was bfloat16 before, as most models' hidden states were
+        return halves[..., 1]
     rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
     # Rounding a NaN could make it an infinity: its upper half is kept, with a bit that says NaN.
     return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(_BFLOAT16_BITS)

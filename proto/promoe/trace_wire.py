@@ -46,10 +46,10 @@ _REASON_TO_WIRE: Final = {
 _REASON_OF_WIRE: Final = {number: reason for reason, number in _REASON_TO_WIRE.items()}
 
 
-def encode_batch(batch: TraceBatch) -> inference_pb2.TraceResponse:
-    """To the wire."""
+def encode_batch(batch: TraceBatch, began_s: float = 0.0) -> inference_pb2.TraceResponse:
+    """To the wire. `began_s`: when the trace began on the events' clock; on the wire times count from there."""
     return inference_pb2.TraceResponse(
-        events=[encode_event(event) for event in batch.events], dropped_steps=batch.dropped_steps
+        events=[encode_event(event, began_s) for event in batch.events], dropped_steps=batch.dropped_steps
     )
 
 
@@ -58,18 +58,18 @@ def decode_batch(message: inference_pb2.TraceResponse) -> TraceBatch:
     return TraceBatch(tuple(decode_event(event) for event in message.events), message.dropped_steps)
 
 
-def encode_event(event: TraceEvent) -> inference_pb2.TraceEvent:
-    """To the wire."""
+def encode_event(event: TraceEvent, began_s: float = 0.0) -> inference_pb2.TraceEvent:
+    """To the wire; see `encode_batch`."""
     if isinstance(event, LayerEvent):
-        return inference_pb2.TraceEvent(layer=_encode_layer(event))
+        return inference_pb2.TraceEvent(layer=_encode_layer(event, began_s))
     if isinstance(event, LoadEvent):
-        return inference_pb2.TraceEvent(load=_encode_load(event))
+        return inference_pb2.TraceEvent(load=_encode_load(event, began_s))
     if isinstance(event, HintEvent):
-        return inference_pb2.TraceEvent(hint=_encode_hint_event(event))
+        return inference_pb2.TraceEvent(hint=_encode_hint_event(event, began_s))
     start = encode_step_start(StepStart(event.step, event.spans))
     return inference_pb2.TraceEvent(
         step=inference_pb2.TraceStep(
-            at_s=event.at_s,
+            at_s=event.at_s - began_s,
             start=start,
             ended_request_ids=event.ended_request_ids,
             link_bytes_per_s=event.link_bytes_per_s,
@@ -97,10 +97,10 @@ def decode_event(message: inference_pb2.TraceEvent) -> TraceEvent:
     raise ValueError("event is not set; allowed: step, layer, hint, load")
 
 
-def _encode_layer(event: LayerEvent) -> inference_pb2.TraceLayer:
+def _encode_layer(event: LayerEvent, began_s: float) -> inference_pb2.TraceLayer:
     message = inference_pb2.TraceLayer(
-        at_s=event.at_s,
-        end_s=event.end_s,
+        at_s=event.at_s - began_s,
+        end_s=event.end_s - began_s,
         step=event.step,
         layer=event.layer,
         num_tokens=event.topk_ids_TK.shape[0],
@@ -151,11 +151,11 @@ def _decode_layer(message: inference_pb2.TraceLayer) -> LayerEvent:
     )
 
 
-def _encode_load(event: LoadEvent) -> inference_pb2.TraceLoad:
+def _encode_load(event: LoadEvent, began_s: float) -> inference_pb2.TraceLoad:
     return inference_pb2.TraceLoad(
-        at_s=event.at_s,
-        begin_s=event.begin_s,
-        end_s=event.end_s,
+        at_s=event.at_s - began_s,
+        begin_s=event.begin_s - began_s,
+        end_s=event.end_s - began_s,
         expert=encode_expert(event.expert),
         reason=_REASON_TO_WIRE[event.reason],
         nbytes=event.nbytes,
@@ -180,9 +180,9 @@ def _decode_load(message: inference_pb2.TraceLoad) -> LoadEvent:
     )
 
 
-def _encode_hint_event(event: HintEvent) -> inference_pb2.TraceHint:
+def _encode_hint_event(event: HintEvent, began_s: float) -> inference_pb2.TraceHint:
     return inference_pb2.TraceHint(
-        at_s=event.at_s,
+        at_s=event.at_s - began_s,
         hint=encode_hint(event.hint),
         fate=_FATE_TO_WIRE[event.fate],
         latency_s=event.latency_s,

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -70,8 +70,8 @@ def test_a_trace_begins_with_what_a_replay_must_know(run: Run) -> None:
     run(scenario)
 
 
-def test_events_come_in_their_order_with_times_since_the_beginning(run: Run) -> None:
-    events = list(RUN.events())
+def test_events_come_in_their_order(run: Run) -> None:
+    events = list(RUN.events(hidden=False))
 
     async def scenario(server: Serving) -> None:
         async with AsyncClient(server.endpoint) as client, client.trace() as trace:
@@ -83,6 +83,24 @@ def test_events_come_in_their_order_with_times_since_the_beginning(run: Run) -> 
                 assert batch is not None
                 read.extend(batch.events)
             assert all(map(same_event, read, events))
+
+    run(scenario)
+
+
+def test_times_count_from_the_beginning(run: Run) -> None:
+    events = list(RUN.events())
+
+    async def scenario(server: Serving) -> None:
+        async with AsyncClient(server.endpoint) as client, client.trace() as trace:
+            await trace.wait_until_open()
+            play(server, [replace(event, at_s=event.at_s + 100) for event in events])
+            read: list[TraceEvent] = []
+            while len(read) < len(events):
+                batch = await trace.next_batch()
+                assert batch is not None
+                read.extend(batch.events)
+            assert [event.at_s for event in read] == pytest.approx([event.at_s for event in events])
+            assert [type(event) for event in read] == [type(event) for event in events]
 
     run(scenario)
 

@@ -1,10 +1,12 @@
 """Trace events survive the wire; what is no event is refused with its field's name."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 
-from promoe.trace_events import LayerEvent, TraceEvent
+from promoe.trace_events import LayerEvent, LoadEvent, TraceEvent
 from promoe.trace_wire import decode_event, encode_event
 from promoe.v1 import inference_pb2
 from tests.promoe.traces import TRACE_EVENTS, MadeUpRun, same_event
@@ -14,6 +16,25 @@ from tests.promoe.traces import TRACE_EVENTS, MadeUpRun, same_event
 def test_events_survive_the_wire(event: TraceEvent) -> None:
     message = inference_pb2.TraceEvent.FromString(encode_event(event).SerializeToString())
     assert same_event(decode_event(message), event)
+
+
+def test_on_the_wire_times_count_from_the_beginning() -> None:
+    at_s = {"step": 2.0, "layer": 2.0, "load": 2.0, "hint": 2.0}
+    for event in MadeUpRun().events():
+        late = replace(event, at_s=12.0)
+        if isinstance(late, LayerEvent | LoadEvent):
+            late = replace(late, end_s=13.0)
+        if isinstance(late, LoadEvent):
+            late = replace(late, begin_s=9.0)
+        message = encode_event(late, began_s=10.0)
+        kind = str(message.WhichOneof("event"))
+        decoded = decode_event(message)
+        assert decoded.at_s == at_s.pop(kind, 2.0)
+        if isinstance(decoded, LayerEvent | LoadEvent):
+            assert decoded.end_s == 3.0
+        if isinstance(decoded, LoadEvent):
+            assert decoded.begin_s == -1.0
+    assert not at_s, "every kind was there"
 
 
 def test_hidden_states_travel_as_bfloat16() -> None:
