@@ -1,0 +1,63 @@
+"""The networks of `promoe`, all pairs' at once: L1 on the multi-hot routing, inputs as they are.
+
+Shapes: N pairs, L MoE layers, B tokens, D hidden, H hidden units, E experts, T see TokenBatch.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+from predictor_service.artifact import quantized
+from predictor_service.predictors.promoe import layer_pairs
+from predictor_service.training.token_batch import TokenBatch
+from predictor_service.training.trainee import Geometry, Scored
+
+
+class PromoeNets(nn.Module):
+    """See `predictor_service.predictors.promoe`; arXiv 2410.22134, section 4.3.
+
+    Args:
+        geometry: of the model.
+        lookahead: of every pair but those of the last output.
+        hidden_units: H.
+    """
+
+    def __init__(self, geometry: Geometry, lookahead: int, hidden_units: int) -> None:
+        super().__init__()
+        layers, experts, hidden = geometry.num_moe_layers, geometry.num_experts, geometry.hidden_size
+        pairs = layer_pairs(layers, lookahead)
+        self._source_N = torch.tensor([pair.source for pair in pairs])
+        # From the last output the next token's layers are predicted: behind this token's layers in T.
+        self._target_N = torch.tensor([pair.source + pair.lookahead for pair in pairs])
+        self._is_next_N = self._source_N == layers
+        num_pairs = len(pairs)
+        self._in_weight_NHD = nn.Parameter(torch.empty(num_pairs, hidden_units, hidden).uniform_(-1, 1) / hidden**0.5)
+        self._in_bias_NH = nn.Parameter(torch.empty(num_pairs, hidden_units).uniform_(-1, 1) / hidden**0.5)
+        bound = hidden_units**-0.5
+        self._out_weight_NEH = nn.Parameter(torch.empty(num_pairs, experts, hidden_units).uniform_(-1, 1) * bound)
+        self._out_bias_NE = nn.Parameter(torch.empty(num_pairs, experts).uniform_(-1, 1) * bound)
+
+    def scored(self, batch: TokenBatch) -> Scored:
+        """Scores of all pairs; the pair takes the place of the source, and there is one lookahead."""
+        units_NBH = torch.baddbmm(
+            self._in_bias_NH[:, None], batch.hidden_SBD[self._source_N], self._in_weight_NHD.transpose(1, 2)
+        ).relu()
+        scores_NBE = torch.baddbmm(self._out_bias_NE[:, None], units_NBH, self._out_weight_NEH.transpose(1, 2))
+        valid_NB = ~self._is_next_N[:, None] | batch.has_next_B
+        return Scored(scores_NBE[:, None], batch.routed_TBE[self._target_N][:, None], valid_NB[:, None])
+
+    def loss(self, batch: TokenBatch) -> torch.Tensor:
+        """Mean absolute error."""
+        scored = self.scored(batch)
+        error_NAB = (scored.scores_PABE - scored.routed_PABE).abs().mean(dim=3)
+        valid_NAB = scored.valid_PAB.float()
+        return (error_NAB * valid_NAB).sum() / valid_NAB.sum().clamp(min=1)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The artifact's."""
+        return {
+            **quantized("in.weight", self._in_weight_NHD.detach().numpy()),
+            "in.bias": self._in_bias_NH.detach().numpy(),
+            **quantized("out.weight", self._out_weight_NEH.detach().numpy()),
+            "out.bias": self._out_bias_NE.detach().numpy(),
+        }

@@ -1,0 +1,179 @@
+"""From recorded traces to an artifact."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from predictor_service.artifact import ArtifactManifest
+from predictor_service.predictors import learned, promoe
+from predictor_service.routers import Scoring, read_routers
+from predictor_service.training.fit import Fit, FitProgress, FitResult, FitSettings
+from predictor_service.training.learned_nets import LearnedNets
+from predictor_service.training.promoe_nets import PromoeNets
+from predictor_service.training.token_batch import BlockTensors, SignatureMap
+from predictor_service.training.token_blocks import BlockSource, Split, TokenBlock
+from predictor_service.training.trainee import Geometry, Trainee
+from promoe.errors import InvalidInput, ModelUnsupported
+from promoe.hint import ObservedKind
+from promoe.model_spec import ModelSpec
+
+KINDS: Final = (learned.KIND, promoe.KIND)
+OBSERVED_OF_KIND: Final = {learned.KIND: ObservedKind.ROUTER_INPUT, promoe.KIND: ObservedKind.LAYER_INPUT}
+
+DEFAULT_LOOKAHEADS: Final = {learned.KIND: (1, 2, 3, 4), promoe.KIND: (2,)}
+DEFAULT_UNITS: Final = {learned.KIND: 384, promoe.KIND: 1024}
+DEFAULT_FIT: Final = {
+    learned.KIND: FitSettings(epochs=12, patience=2, batch_tokens=1024, learning_rate=4e-3, is_annealed=True, seed=0),
+    # The paper's objective and rate; it stops when it gets no better.
+    promoe.KIND: FitSettings(epochs=40, patience=2, batch_tokens=1024, learning_rate=1e-3, is_annealed=False, seed=0),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What to train.
+
+    Attributes:
+        kind: one of KINDS.
+        lookaheads: in MoE layers; one for promoe.
+        units: of the trunk, or of each hidden layer.
+        fit: see FitSettings.
+    """
+
+    kind: str
+    lookaheads: tuple[int, ...]
+    units: int
+    fit: FitSettings
+
+    @classmethod
+    def of(cls, kind: str) -> "Training":
+        """The kind's own settings; raises ValueError naming the allowed kinds."""
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
+        return cls(kind, DEFAULT_LOOKAHEADS[kind], DEFAULT_UNITS[kind], DEFAULT_FIT[kind])
+
+    def check(self, num_moe_layers: int) -> None:
+        """Raises ValueError for settings that this model cannot have."""
+        if not self.lookaheads or len(set(self.lookaheads)) < len(self.lookaheads):
+            raise ValueError(f"lookaheads are {self.lookaheads}; give at least one, each once")
+        if not all(1 <= lookahead < num_moe_layers for lookahead in self.lookaheads):
+            raise ValueError(f"lookaheads are {self.lookaheads}; allowed: 1 to {num_moe_layers - 1}")
+        if self.kind == promoe.KIND and len(self.lookaheads) != 1:
+            raise ValueError(f"lookaheads are {self.lookaheads}; promoe is trained for one")
+        if self.units < 1:
+            raise ValueError(f"units is {self.units}; allowed: 1 or more")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Networks with the weights of the best epoch, and how good they are."""
+
+    training: Training
+    trainee: Trainee
+    result: FitResult
+
+    def manifest(self, name: str, version: str, spec: ModelSpec, fingerprints: tuple[str, ...]) -> ArtifactManifest:
+        """What the artifact says of itself; the data's description can be added to `training`."""
+        kind, measured = self.training.kind, self.result.measured
+        units_key = "trunk_units" if kind == learned.KIND else "hidden_units"
+        metrics = {"held_out_loss": measured.loss, "held_out_tokens": float(measured.num_tokens)}
+        for lookahead, recall, wide in zip(
+            self.training.lookaheads, measured.recall_A, measured.recall_wide_A, strict=True
+        ):
+            metrics[f"recall_at_k_lookahead_{lookahead}"] = recall
+            metrics[f"recall_at_1.5k_lookahead_{lookahead}"] = wide
+        return ArtifactManifest(
+            kind=kind,
+            name=name,
+            version=version,
+            fingerprints=fingerprints,
+            num_moe_layers=spec.num_moe_layers,
+            num_experts=spec.num_experts,
+            experts_per_token=spec.experts_per_token,
+            hidden_size=spec.hidden_size,
+            observed=OBSERVED_OF_KIND[kind],
+            features=learned.FEATURES if kind == learned.KIND else promoe.FEATURES,
+            lookaheads=self.training.lookaheads,
+            training={
+                units_key: self.training.units,
+                "epochs": self.result.epochs,
+                "train_tokens": self.result.num_tokens,
+                "seed": self.training.fit.seed,
+                "learning_rate": self.training.fit.learning_rate,
+                "batch_tokens": self.training.fit.batch_tokens,
+            },
+            metrics=metrics,
+        )
+
+
+def train(training: Training, spec: ModelSpec, pack: Path, blocks: BlockSource, progress: FitProgress) -> Trained:
+    """Trains on the blocks.
+
+    Args:
+        training: what to train.
+        spec, pack: the model and the folder with its routers.
+        blocks: recorded tokens, with the hidden states that the kind observes.
+        progress: is told.
+
+    Raises:
+        ValueError: settings that the model cannot have.
+        InvalidInput: nothing to train on or to measure on.
+    """
+    training.check(spec.num_moe_layers)
+    torch.manual_seed(training.fit.seed)
+    geometry = Geometry(spec.num_moe_layers, spec.num_experts, spec.experts_per_token, spec.hidden_size)
+    trainee: Trainee
+    signature: SignatureMap | None = None
+    if training.kind == learned.KIND:
+        first = _first_block(blocks)
+        signature = _signature_map(pack, spec, first)
+        trainee = LearnedNets(geometry, training.lookaheads, training.units, signature, _input_scale(first, geometry))
+    else:
+        trainee = PromoeNets(geometry, training.lookaheads[0], training.units)
+    num_next = max(training.lookaheads) + 1
+
+    def prepare(block: TokenBlock) -> BlockTensors:
+        return BlockTensors(block, spec.num_experts, num_next, signature)
+
+    fit = Fit(trainee, blocks, prepare, training.fit, spec.experts_per_token)
+    return Trained(training, trainee, fit.run(progress))
+
+
+def _first_block(blocks: BlockSource) -> TokenBlock:
+    for block in blocks(Split.TRAIN):
+        return block
+    raise InvalidInput("There are no documents to train on: the traces are empty, or all documents are held out.")
+
+
+def _input_scale(block: TokenBlock, geometry: Geometry) -> torch.Tensor:
+    """(2, L, D): mean and standard deviation."""
+    moments = []
+    for layer in range(geometry.num_moe_layers):
+        hidden_ND = torch.from_numpy(block.hidden_SND[layer].view("int16")).view(torch.bfloat16).float()
+        moments.append(torch.stack([hidden_ND.mean(dim=0), hidden_ND.std(dim=0, correction=0)]))
+    return torch.stack(moments, dim=1)
+
+
+def _signature_map(pack: Path, spec: ModelSpec, block: TokenBlock) -> SignatureMap | None:
+    """From the pack's routers; None for families that rank experts by more than the logits."""
+    try:
+        routers = read_routers(pack, spec)
+    except ModelUnsupported:
+        return None
+    if routers.scoring is not Scoring.LOGIT:
+        return None
+    weight_LED, bias_LE = torch.from_numpy(routers.weight_LED), torch.from_numpy(routers.bias_LE)
+    centred = SignatureMap(weight_LED - weight_LED.mean(1, keepdim=True), bias_LE - bias_LE.mean(1, keepdim=True))
+    sample = torch.from_numpy(block.hidden_SND[: spec.num_moe_layers, :4096].view("int16")).view(torch.bfloat16)
+    scale_L = centred.of(sample.float()).std(dim=(1, 2)).clamp(min=1e-6)
+    return replace(
+        centred, weight_LED=centred.weight_LED / scale_L[:, None, None], bias_LE=centred.bias_LE / scale_L[:, None]
+    )
+
+
+def sentence_of(lookaheads: Iterable[int], recalls: Iterable[float]) -> str:
+    """For progress displays: recall per lookahead."""
+    return ", ".join(f"{recall:.3f} at {lookahead}" for lookahead, recall in zip(lookaheads, recalls, strict=True))
