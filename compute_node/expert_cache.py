@@ -335,7 +335,7 @@ class ExpertCache:
     def _apply(self, hint: Hint) -> None:
         """What a hint means to eviction."""
         if self.policy.hints is HintUse.BUDGETED:
-            self._history.hinted(hint.layer, hint.experts.tolist(), hint.scores.tolist())
+            self._history.hinted(hint.layer, hint.experts, hint.scores)
         elif self.policy.hints is HintUse.TOP:
             head = hint.experts[: hint.num_expected].tolist()
             self._history.touched(hint.layer, [e for e in head if self._table.find(hint.layer, e) is not None])

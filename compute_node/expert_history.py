@@ -6,16 +6,18 @@ once a step, in order, so the next visit of layer l is a number of layers away t
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from promoe.hint import Float32Array, IdArray
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-FAST_DECAY: Final = 0.1
-SLOW_DECAY: Final = 0.02
+DECAYS: Final = (0.1, 0.02)
 LAST_USE_WEIGHT: Final = 0.1
 """Chosen on recorded chats of the demo model (DECISIONS.md): the share of tokens that routed to an expert, averaged
 over about 10 and about 50 tokens in equal parts, and a tenth of weight on the last token alone."""
@@ -57,8 +59,7 @@ class ExpertHistory:
         self.last_touch_LE: IntArray = np.zeros(shape, np.int64)
         self.num_uses_LE: IntArray = np.zeros(shape, np.int64)
         self.num_routed_LE: IntArray = np.zeros(shape, np.int64)
-        self._fast_LE: FloatArray = np.full(shape, start)
-        self._slow_LE: FloatArray = np.full(shape, start)
+        self._averages_L2E: FloatArray = np.full((self.num_layers, len(DECAYS), self.num_experts), start)
         self._token_probability_LE: FloatArray = np.full(shape, start)
         self.next_probability_LE: FloatArray = np.full(shape, start)
         self.later_visits_LE: FloatArray = np.full(shape, 1 / start)
@@ -96,10 +97,10 @@ class ExpertHistory:
         if token_share_E is None:
             token_share_E = np.zeros(self.num_experts)
             token_share_E[chosen] = 1.0
-        fast_E, slow_E = self._fast_LE[layer], self._slow_LE[layer]
-        fast_E += (1 - (1 - FAST_DECAY) ** num_tokens) * (token_share_E - fast_E)
-        slow_E += (1 - (1 - SLOW_DECAY) ** num_tokens) * (token_share_E - slow_E)
-        probability_E = (1 - LAST_USE_WEIGHT) / 2 * (fast_E + slow_E) + LAST_USE_WEIGHT * token_share_E
+        averages_2E = self._averages_L2E[layer]
+        averages_2E += _weight_of(num_tokens) * (token_share_E - averages_2E)
+        probability_E = (1 - LAST_USE_WEIGHT) / len(DECAYS) * averages_2E.sum(axis=0)
+        probability_E += LAST_USE_WEIGHT * token_share_E
         probability_E = np.maximum(probability_E, LEAST_PROBABILITY)
         self._token_probability_LE[layer] = probability_E
         if self._num_next_rows > 1:
@@ -107,11 +108,11 @@ class ExpertHistory:
         self.next_probability_LE[layer] = probability_E
         self.later_visits_LE[layer] = 1 / probability_E
 
-    def hinted(self, layer: int, experts: Sequence[int], probabilities: Sequence[float]) -> None:
+    def hinted(self, layer: int, experts: IdArray, probabilities: Float32Array) -> None:
         """A calibrated hint replaces the own estimate of the layer's next visit."""
         self.version += 1
         row_E = UNLISTED_SHARE / self.later_visits_LE[layer]
-        row_E[list(experts)] = np.clip(probabilities, LEAST_PROBABILITY, 1.0)
+        row_E[experts] = np.minimum(np.maximum(probabilities, LEAST_PROBABILITY), 1.0)
         self.next_probability_LE[layer] = row_E
 
     def touched(self, layer: int, experts: Sequence[int]) -> None:
@@ -162,7 +163,7 @@ class ExpertHistory:
         document = json.loads(text)
         for name in _ARRAYS:
             array = np.asarray(document[name], dtype=getattr(self, name).dtype)
-            if array.shape != (self.num_layers, self.num_experts):
+            if array.shape != getattr(self, name).shape:
                 raise ValueError(f"the history's {name} has the shape {array.shape}")
             setattr(self, name, array)
         self.version += 1
@@ -173,8 +174,15 @@ class ExpertHistory:
 
 _ARRAYS: Final = (
     *("last_use_LE", "last_touch_LE", "num_uses_LE", "num_routed_LE"),
-    *("_fast_LE", "_slow_LE", "_token_probability_LE", "next_probability_LE", "later_visits_LE"),
+    *("_averages_L2E", "_token_probability_LE", "next_probability_LE", "later_visits_LE"),
 )
+
+
+@lru_cache(maxsize=64)
+def _weight_of(num_tokens: int) -> FloatArray:
+    """How much so many tokens at once change the averages, (averages, 1)."""
+    weights: FloatArray = 1 - (1 - np.array(DECAYS)) ** num_tokens
+    return weights[:, None]
 
 
 def _union(probability: FloatArray, num_tokens: int) -> FloatArray:

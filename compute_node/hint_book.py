@@ -9,11 +9,28 @@ from promoe.trace_events import HintFate
 
 @dataclass(frozen=True)
 class ComingVisit:
-    """A layer that will be visited, and what is hinted for it. `distance` counts layers from now, from 1 up."""
+    """A layer that will be visited, and what is hinted for it.
+
+    Attributes:
+        distance: counts layers from now, from 1 up.
+        experts, scores: of the hint, as lists, best first.
+        num_expected: how many of them the layer will probably need.
+    """
 
     layer: int
     distance: int
+    experts: list[int]
+    scores: list[float]
+    num_expected: int
+
+
+@dataclass(frozen=True)
+class _Filed:
+    """A hint, and its lists, which are looked at in every look around."""
+
     hint: Hint
+    experts: list[int]
+    scores: list[float]
 
 
 class HintBook:
@@ -26,18 +43,18 @@ class HintBook:
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
-        self._hints: list[Hint | None] = [None] * num_layers
+        self._filed: list[_Filed | None] = [None] * num_layers
         self.step = 0
         self.layer = -1
 
     def begin_step(self, step: int) -> Iterator[Hint]:
         """Forgets hints for steps that are over; yields those that came early for this one."""
         self.step, self.layer = step, -1
-        for layer, hint in enumerate(self._hints):
-            if hint is not None and hint.step != step:
-                self._hints[layer] = None
-            elif hint is not None:
-                yield hint
+        for layer, filed in enumerate(self._filed):
+            if filed is not None and filed.hint.step != step:
+                self._filed[layer] = None
+            elif filed is not None:
+                yield filed.hint
 
     def file(self, hint: Hint) -> HintFate:
         """Takes a hint for a visit that is still to come."""
@@ -46,25 +63,26 @@ class HintBook:
         if hint.step > self.step + 1 or (hint.step > self.step and hint.layer > self.layer):
             # Not for the layer's next visit, but for one after it.
             return HintFate.INVALID
-        self._hints[hint.layer] = hint
+        self._filed[hint.layer] = _Filed(hint, hint.experts.tolist(), hint.scores.tolist())
         return HintFate.TAKEN
 
     def routed(self, layer: int) -> None:
         """The layer's visit is over; a hint for the next step is kept."""
         self.layer = layer
-        hint = self._hints[layer]
-        if hint is not None and hint.step <= self.step:
-            self._hints[layer] = None
+        filed = self._filed[layer]
+        if filed is not None and filed.hint.step <= self.step:
+            self._filed[layer] = None
 
     def hint_for(self, layer: int) -> Hint | None:
         """The hint for the layer's next visit."""
-        return self._hints[layer]
+        filed = self._filed[layer]
+        return None if filed is None else filed.hint
 
     def coming(self, max_distance: int) -> Iterator[ComingVisit]:
         """Hinted visits in the order they will happen, up to so many layers from now."""
         for distance in range(1, min(max_distance, self._num_layers) + 1):
             layer = (self.layer + distance) % self._num_layers
-            hint = self._hints[layer]
+            filed = self._filed[layer]
             # Beyond the last layer only what is for the next step is meant, before it only what is for this one.
-            if hint is not None and hint.step == self.step + (self.layer + distance) // self._num_layers:
-                yield ComingVisit(layer, distance, hint)
+            if filed is not None and filed.hint.step == self.step + (self.layer + distance) // self._num_layers:
+                yield ComingVisit(layer, distance, filed.experts, filed.scores, filed.hint.num_expected)

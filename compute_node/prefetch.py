@@ -253,17 +253,14 @@ class Prefetcher:
         if not wanted:
             return
         per_layer = self.link_bytes_per_s * (self.pace.layer_s or 0.0) / self._blob_nbytes
-        num_before = [0] * (HORIZON_LAYERS + 1)
+        # A chunk is worth moving even if the rest is late: never less than one expert before each visit.
+        room = [max(1, int(until * per_layer)) for until in range(HORIZON_LAYERS + 1)]
         chosen: list[tuple[float, ExpertId]] = []
         for minus_score, distance, expert in wanted:
-            # A chunk is worth moving even if the rest is late: never less than one expert before each visit.
-            if any(
-                num_before[until] + 1 > max(1.0, until * per_layer) for until in range(distance, HORIZON_LAYERS + 1)
-            ):
-                continue
-            for until in range(distance, HORIZON_LAYERS + 1):
-                num_before[until] += 1
-            chosen.append((self._rank(distance, 1 + minus_score), expert))
+            if min(room[distance:]) >= 1:
+                for until in range(distance, HORIZON_LAYERS + 1):
+                    room[until] -= 1
+                chosen.append((self._rank(distance, 1 + minus_score), expert))
         chosen.sort()
         for rank, expert in chosen:
             yield Candidate(expert, rank, LoadReason.PREFETCH)

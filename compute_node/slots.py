@@ -93,6 +93,7 @@ class SlotTable:
         idle: a mark of compute that is done.
 
     Attributes:
+        slot_of: by layer and expert, the slot that holds it or is being loaded with it; to be read only.
         evictions: by the layer of the expert that was given up for another.
         on_given_up: told of every slot before it is forgotten.
     """
@@ -113,22 +114,22 @@ class SlotTable:
         num_pools = geometry.num_layers if split is SlotSplit.LAYER else 1
         share = len(self.slots) // num_pools
         self._free = [self.slots[pool * share : (pool + 1) * share][::-1] for pool in range(num_pools)]
-        self._slot_of: list[dict[int, Slot]] = [{} for _ in range(geometry.num_layers)]
+        self.slot_of: list[dict[int, Slot]] = [{} for _ in range(geometry.num_layers)]
         self._may_go_LE = np.zeros((geometry.num_layers, geometry.num_experts), dtype=bool)
         self.evictions = Counter[int]()
         self.on_given_up: Callable[[Slot], None] = lambda slot: None
 
     def find(self, layer: int, expert: int) -> Slot | None:
         """The slot that holds the expert, or is being loaded with it."""
-        return self._slot_of[layer].get(expert)
+        return self.slot_of[layer].get(expert)
 
     def held(self, layer: int) -> list[Slot]:
         """The layer's slots that are not FREE."""
-        return list(self._slot_of[layer].values())
+        return list(self.slot_of[layer].values())
 
     def ready(self, layer: int) -> tuple[int, ...]:
         """The layer's experts that are READY."""
-        return tuple(expert for expert, slot in self._slot_of[layer].items() if slot.state is SlotState.READY)
+        return tuple(expert for expert, slot in self.slot_of[layer].items() if slot.state is SlotState.READY)
 
     def take(self, layer: int, worth: float | None = None) -> Slot | None:
         """A FREE slot for an expert of this layer, or one that is given up for it; None when there is none.
@@ -143,11 +144,11 @@ class SlotTable:
         layers = slice(layer, layer + 1) if self._split is SlotSplit.LAYER else slice(0, self.geometry.num_layers)
         scores_LE = np.where(self._may_go_LE[layers], self._score(layers), np.inf)
         place = int(scores_LE.argmin())
-        least = float(scores_LE.flat[place])
+        least = float(scores_LE.item(place))
         if least == np.inf or (worth is not None and least >= worth):
             return None
         victim = ExpertId(layers.start + place // self.geometry.num_experts, place % self.geometry.num_experts)
-        slot = self._slot_of[victim.layer][victim.expert]
+        slot = self.slot_of[victim.layer][victim.expert]
         self.forget(slot)
         self.evictions[victim.layer] += 1
         return self._free[pool].pop()
@@ -160,9 +161,9 @@ class SlotTable:
         """A FREE slot that was taken begins to be loaded."""
         expert = load.expert
         assert slot.state is SlotState.FREE, "only a FREE slot is loaded"
-        assert expert.expert not in self._slot_of[expert.layer], "an expert is in one slot"
+        assert expert.expert not in self.slot_of[expert.layer], "an expert is in one slot"
         slot.state, slot.expert, slot.load = SlotState.LOADING, expert, load
-        self._slot_of[expert.layer][expert.expert] = slot
+        self.slot_of[expert.layer][expert.expert] = slot
 
     def give_back(self, slot: Slot) -> None:
         """A slot that was taken and not placed is FREE again."""
@@ -179,7 +180,7 @@ class SlotTable:
         assert slot.expert is not None, "a FREE slot holds nothing to forget"
         assert slot.pins == 0, "a pinned slot is never given up"
         self.on_given_up(slot)
-        del self._slot_of[slot.expert.layer][slot.expert.expert]
+        del self.slot_of[slot.expert.layer][slot.expert.expert]
         self._may_go_LE[slot.expert] = False
         slot.state, slot.expert, slot.load, slot.kept_nbytes = SlotState.FREE, None, None, None
         slot.doomed = slot.is_speculative = False
@@ -197,7 +198,7 @@ class SlotTable:
             if number >= 0:
                 expert = ExpertId(*divmod(number, self.geometry.num_experts))
                 slot.state, slot.expert = SlotState.READY, expert
-                self._slot_of[expert.layer][expert.expert] = slot
+                self.slot_of[expert.layer][expert.expert] = slot
                 self._free[self._pool_of(slot)].remove(slot)
                 self.update(slot)
 
@@ -245,7 +246,7 @@ class SlotTable:
                 may_go = bool(self._may_go_LE[slot.expert])
                 assert not (may_go and slot.pins), f"slot {slot.index} is pinned and cannot be given up"
                 assert may_go or slot.pins or slot.state is SlotState.LOADING, f"slot {slot.index} can be given up"
-        for layer, held in enumerate(self._slot_of):
+        for layer, held in enumerate(self.slot_of):
             for expert, slot in held.items():
                 assert slot.expert == ExpertId(layer, expert), f"the index says what slot {slot.index} holds"
                 assert self._split is SlotSplit.GLOBAL or self._pool_of(slot) == layer, "slots keep to their layer"

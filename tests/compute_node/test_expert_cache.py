@@ -221,10 +221,10 @@ def test_retirement_waits_for_the_layer_that_computes_with_the_blob() -> None:
 def test_integrity_is_checked_for_real() -> None:
     with stack(2) as opened:
         use(opened, 0, [1])
-        slot = opened.expert_cache._table._slot_of[0].pop(1)
+        slot = opened.expert_cache._table.slot_of[0].pop(1)
         with pytest.raises(AssertionError, match="the index finds L0E1"):
             opened.expert_cache.check_integrity()
-        opened.expert_cache._table._slot_of[0][1] = slot
+        opened.expert_cache._table.slot_of[0][1] = slot
 
 
 def test_an_unknown_policy_is_refused_with_the_table() -> None:

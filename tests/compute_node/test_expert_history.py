@@ -60,7 +60,7 @@ def test_the_nearer_layer_is_expected_sooner() -> None:
     known.begin_step(1, 1)
     known.routed(0, [0, 1], None, 1)
     for layer in (1, 2):
-        known.hinted(layer, [4], [1.0])
+        known.hinted(layer, np.array([4], np.uint16), np.array([1.0], np.float32))
     until_use_LE = known.layers_until_use(slice(0, NUM_LAYERS))
     assert until_use_LE[1, 4] == 1.0
     assert until_use_LE[2, 4] == 2.0
@@ -71,7 +71,7 @@ def test_the_layer_that_was_just_visited_comes_a_whole_step_later() -> None:
     known = history()
     known.begin_step(1, 1)
     known.routed(1, [3], None, 1)
-    known.hinted(1, [3], [1.0])
+    known.hinted(1, np.array([3], np.uint16), np.array([1.0], np.float32))
     assert known.layers_until_use_of(1, 3) == NUM_LAYERS
 
 
@@ -89,10 +89,10 @@ def test_one_expert_is_estimated_like_all(layer: int, expert: int, routed: list[
 def test_a_hint_replaces_the_own_estimate_until_the_layer_is_routed() -> None:
     known = history()
     before = known.next_probability_LE[1].copy()
-    known.hinted(1, [6], [0.9])
-    assert known.next_probability_LE[1, 6] == 0.9
+    known.hinted(1, np.array([6], np.uint16), np.array([0.9], np.float32))
+    assert known.next_probability_LE[1, 6] == pytest.approx(0.9)
     assert (known.next_probability_LE[1, :6] < before[:6]).all(), "what the hint does not list is less likely"
-    known.hinted(1, [2], [0.5])
+    known.hinted(1, np.array([2], np.uint16), np.array([0.5], np.float32))
     assert known.next_probability_LE[1, 6] < before[6], "the newer hint stands alone"
     known.routed(1, [0, 1], None, 1)
     assert known.next_probability_LE[1, 2] == known.next_probability_LE[1, 6]
@@ -100,9 +100,9 @@ def test_a_hint_replaces_the_own_estimate_until_the_layer_is_routed() -> None:
 
 def test_scores_beyond_probabilities_are_taken_as_certain() -> None:
     known = history()
-    known.hinted(0, [1, 2], [7.0, -3.0])
+    known.hinted(0, np.array([1, 2], np.uint16), np.array([7.0, -3.0], np.float32))
     assert known.next_probability_LE[0, 1] == 1.0
-    assert known.next_probability_LE[0, 2] == LEAST_PROBABILITY
+    assert known.next_probability_LE[0, 2] == pytest.approx(LEAST_PROBABILITY)
 
 
 def test_more_tokens_need_more_experts() -> None:
@@ -151,7 +151,7 @@ def test_the_version_changes_with_the_estimates() -> None:
     versions.append(known.version)
     known.routed(0, [1], None, 1)
     versions.append(known.version)
-    known.hinted(1, [1], [0.5])
+    known.hinted(1, np.array([1], np.uint16), np.array([0.5], np.float32))
     versions.append(known.version)
     known.reset()
     versions.append(known.version)

@@ -92,7 +92,7 @@ class TestEvictions:
             lambda: history.routed(1, [3], None, 1),
             lambda: history.loaded(0, 3, is_needed=False),
             lambda: history.touched(0, [3]),
-            lambda: history.hinted(0, [2], [0.9]),
+            lambda: history.hinted(0, np.array([2], np.uint16), np.array([0.9], np.float32)),
             lambda: history.begin_step(4, 2),
             history.reset,
         ]
