@@ -26,6 +26,7 @@ from tests.bench.ablation_table import AblationGroup, Limits, Measured, make_gro
 from tests.bench.ablation_variants import OUR_PREDICTOR, PROMOE_PREDICTOR, variants
 from tests.bench.decode_loop import recorded_routing
 from tests.bench.demo_model import PROMPTS, demo_pack
+from tests.bench.hint_sources import served_by
 from tests.bench.report import RESULTS, Sample, out_argument, write_report
 from tests.bench.side_by_side import ChatFigures, SharedModel, SidePath, shared_model, side_path
 from tests.running_predictor import RunningPredictor
@@ -150,7 +151,7 @@ def measure_group(
             variant.name: stack.enter_context(
                 side_path(
                     model, variant.policy, slots, link_bytes_per_s,
-                    endpoints[variant.predictor] if variant.predictor else None,
+                    served_by(endpoints[variant.predictor]) if variant.predictor else None,
                 )
             )
             for variant in variants()

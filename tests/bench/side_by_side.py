@@ -5,7 +5,7 @@ So the paths take turns on the same chats within seconds of each other, and noth
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -16,7 +16,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from compute_node.cache_stats import CacheMetrics, PhaseCounters, StepRecorder
 from compute_node.device.cpu import CpuDevice, NoPinning
 from compute_node.expert_path import ExpertPath
-from compute_node.hint_client import HintClient, PredictorState
 from compute_node.hint_inbox import HintInbox
 from compute_node.hint_quality import HintScores
 from compute_node.layer_hooks import install_hooks
@@ -32,10 +31,11 @@ from promoe.pack_manifest import DENSE_FOLDER, PackManifest
 from promoe.trace_events import LoadReason
 from tests.bench.demo_model import chat
 from tests.bench.greedy_chat import ChatRun, run_chat
+from tests.bench.hint_sources import HintSource
 from tests.node_doubles import ignore_progress
-from tests.running_store import RunningStore, wait_until
+from tests.running_store import RunningStore
 
-CONNECT_DEADLINE_S: Final = 30.0
+ATTACH_DEADLINE_S: Final = 30.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def shared_model(pack_dir: Path) -> Iterator[SharedModel]:
     ):
         running.wait_until_full()
         store = StoreClient(running.endpoint, manifest.spec.fingerprint, NoPinning(), _StillBlobs())
-        store.attach(CONNECT_DEADLINE_S, ignore_progress)
+        store.attach(ATTACH_DEADLINE_S, ignore_progress)
         try:
             loaded = load_model(pack_dir, manifest, CpuDevice().torch_device)
             tokenizer = AutoTokenizer.from_pretrained(pack_dir / DENSE_FOLDER)
@@ -126,7 +126,6 @@ class SidePath:
 
     Attributes:
         scores: of the hints it took.
-        client: None where it takes no hints.
     """
 
     model: SharedModel
@@ -135,7 +134,6 @@ class SidePath:
     recorder: StepRecorder
     observer: LayerObserver
     scores: HintScores
-    client: HintClient | None
 
     def ask(self, prompt: str, num_tokens: int) -> ChatFigures:
         """One chat, with the model's experts out of this path."""
@@ -191,32 +189,24 @@ def side_path(
     policy: SchedulePolicy,
     slots_per_layer: int,
     link_bytes_per_s: float | None,
-    predictor_endpoint: str | None,
+    hint_source: HintSource | None,
 ) -> Iterator[SidePath]:
-    """Slots, cache, transfer engine and, where hints are wanted, a session with the predictor."""
-    device, spec, hints = CpuDevice(link_bytes_per_s), model.spec, HintInbox()
+    """Slots, cache, transfer engine and, where hints are wanted, somebody who makes them."""
+    device, spec, inbox = CpuDevice(link_bytes_per_s), model.spec, HintInbox()
     plan = MemoryPlan(
         slots_per_layer=slots_per_layer, slot_nbytes=spec.layout.blob_stride_nbytes, max_context_tokens=0,
         num_kv_blocks=0, kv_nbytes=0, workspace_nbytes=0, dense_nbytes=0, num_layers=spec.num_moe_layers,
     )  # fmt: skip
-    path = ExpertPath.build(spec, policy, plan, device, model.source_address, hints)
-    client = HintClient(predictor_endpoint, spec, hints) if predictor_endpoint else None
+    path = ExpertPath.build(spec, policy, plan, device, model.source_address, inbox)
     ledger = StepLedger()
     recorder = StepRecorder(ledger, CacheMetrics.register(CollectorRegistry()), device.take_compute_stall_s)
-    observer = LayerObserver(spec.num_moe_layers, device, (client,) if client else ())
     scores = HintScores(spec.num_moe_layers)
     path.expert_cache.sinks += [recorder, scores]
-    ledger.listeners = (observer.begin_step, path.expert_cache.begin_step)
-    with path.transfers:
+    with path.transfers, ExitStack() as stack:
         path.expert_cache.warm()
         recorder.begin()
-        if client is not None:
-            client.start()
-        try:
-            if client is not None:
-                wait_until(lambda: client.state is PredictorState.CONNECTED, CONNECT_DEADLINE_S)
-            yield SidePath(model, path, ledger, recorder, observer, scores, client)
-            path.expert_cache.check_integrity()
-        finally:
-            if client is not None:
-                client.close()
+        samplers = () if hint_source is None else (stack.enter_context(hint_source(spec, inbox)),)
+        observer = LayerObserver(spec.num_moe_layers, device, samplers)
+        ledger.listeners = (observer.begin_step, path.expert_cache.begin_step)
+        yield SidePath(model, path, ledger, recorder, observer, scores)
+        path.expert_cache.check_integrity()

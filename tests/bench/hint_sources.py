@@ -1,0 +1,119 @@
+"""Where an expert path's hints come from: the predictor service in its own process, or the same predictor in here."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Final, TypeAlias
+
+from compute_node.hint_client import HintClient, PredictorState
+from compute_node.hint_inbox import HintInbox, ReceivedHint
+from compute_node.hint_session import QUEUE_CAPACITY
+from compute_node.layer_sample import LayerSample, LayerSampler, WantedSamples
+from predictor_service.config import PredictorConfig
+from predictor_service.predictor import Predictor
+from promoe.hint import Observation, ObservedKind, StepStart
+from promoe.model_spec import ModelSpec
+from tests.running_store import wait_until
+
+CONNECT_DEADLINE_S: Final = 60.0
+
+HintSource: TypeAlias = Callable[[ModelSpec, HintInbox], AbstractContextManager[LayerSampler]]
+"""Opens a sampler of layers that puts hints into the inbox."""
+
+
+def served_by(endpoint: str) -> HintSource:
+    """The product's way: a session with the service, entered when it is connected."""
+
+    @contextmanager
+    def open_client(spec: ModelSpec, inbox: HintInbox) -> Iterator[HintClient]:
+        client = HintClient(endpoint, spec, inbox)
+        client.start()
+        try:
+            wait_until(lambda: client.state is PredictorState.CONNECTED, CONNECT_DEADLINE_S)
+            yield client
+        finally:
+            client.close()
+
+    return open_client
+
+
+def called_in_process(predictor: Predictor) -> HintSource:
+    """What the process boundary is compared with."""
+
+    @contextmanager
+    def open_caller(spec: ModelSpec, inbox: HintInbox) -> Iterator[InProcessHints]:
+        caller = InProcessHints(predictor, inbox)
+        caller.start()
+        try:
+            yield caller
+        finally:
+            caller.close()
+
+    return open_caller
+
+
+class InProcessHints:
+    """Calls a plug-in's session on a thread of its own, over a queue as bounded as the client's.
+
+    Args:
+        predictor: makes the hints.
+        inbox: takes them.
+    """
+
+    def __init__(self, predictor: Predictor, inbox: HintInbox) -> None:
+        self._version = predictor.version
+        self._session = predictor.open_session()
+        self._inbox = inbox
+        self._events: queue.Queue[StepStart | LayerSample | None] = queue.Queue(QUEUE_CAPACITY)
+        self._thread = threading.Thread(target=self._run, name="in-process-hints")
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread after what it was told."""
+        self._events.put(None)
+        self._thread.join()
+
+    def begin_step(self, start: StepStart) -> WantedSamples:
+        """See LayerSampler."""
+        self._put(start)
+        observed = self._version.observed
+        return WantedSamples(
+            max_rows=PredictorConfig.max_rows,
+            layer_input=observed is ObservedKind.LAYER_INPUT,
+            router_input=observed is ObservedKind.ROUTER_INPUT,
+            routing=self._version.wants_routing,
+        )
+
+    def take(self, sample: LayerSample) -> None:
+        """See LayerSampler."""
+        self._put(sample)
+
+    def _put(self, event: StepStart | LayerSample) -> None:
+        while True:
+            try:
+                return self._events.put_nowait(event)
+            except queue.Full:
+                self._events.get_nowait()  # the oldest, as the client does
+
+    def _run(self) -> None:
+        while (event := self._events.get()) is not None:
+            if isinstance(event, StepStart):
+                self._session.begin_step(event)
+                if event.ended_request_ids:
+                    self._session.end_requests(event.ended_request_ids)
+                continue
+            for hint in self._session.observe(_observed(event)):
+                self._inbox.put(ReceivedHint(hint, None))
+
+
+def _observed(sample: LayerSample) -> Observation:
+    """With the hidden states as the service would decode them."""
+    without = sample.observation()
+    if sample.hidden is None:
+        return without
+    hidden_RD = sample.hidden.wait().float().numpy()
+    return Observation(without.step, without.layer, without.rows, without.num_tokens, hidden_RD, without.routings)
