@@ -24,7 +24,7 @@ from promoe.generation import Answer, FinishReason, Usage
 from promoe.node_report import CacheStats, NodeInfo
 
 REACTIVE: Final = Contestant("reactive LRU", "lru")
-PROMOE: Final = Contestant("ProMoE", "promoe", "gate_ahead")
+PROMOE: Final = Contestant("ProMoE", "promoe", "promoe")
 OURS: Final = Contestant("promoe", "proactive", "auto")
 CONTESTANTS: Final = (REACTIVE, PROMOE, OURS)
 
