@@ -43,11 +43,13 @@ def test_once_prints_one_picture(endpoint: str, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"promoe top · {endpoint} · tiny on cpu, emulated link of 1.00 GB/s")
     assert "cache rate 0.5: 4 of 8 experts per layer" in lines[1]
-    picture = [line[:12] for line in lines if line.startswith("L")]
+    rows = [line[:12] for line in lines if line.startswith("L")]
     # Bytes 0 to 31: absent, resident, loading twice, hinted twice, loading; then routed, then missed.
-    assert picture == ["L0  ·█^^++^^", "L1  oo^^oo^^", "L2  !!!!!!!!", "L3  !!!!!!!!"]
+    assert rows == ["L0  ·█^^++^^", "L1  oo^^oo^^", "L2  !!!!!!!!", "L3  !!!!!!!!"]
     assert any("decode" in line and "20 tok" in line for line in lines)
-    assert svg.read_text().startswith("<svg")
+    picture = svg.read_text()
+    assert picture.startswith("<svg")
+    assert "#ff4040" in picture.lower(), "a picture has colours wherever it is made"
 
 
 def test_a_pipe_gets_one_picture_without_escapes(endpoint: str) -> None:

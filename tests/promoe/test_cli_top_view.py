@@ -88,8 +88,9 @@ def test_the_figures_of_the_last_seconds_stand_beside_those_since_the_start() ->
     assert figures["prefetch"] == ["14.7 MB/s", "234 MiB"]
     assert figures["layer streaming"] == ["0.00 B/s", "0 B"]
     assert figures["of what it can"] == ["26.9 %", "74.0 MB/s"]
-    assert figures["useful prefetches"] == ["66.7 %", "66.7 %"]
+    assert figures["useful/late/waste"] == ["67/17/17 %", "67/17/17 %"]
     assert figures["GoodPred, ahead 2"] == ["56.2 %", "56.2 %"]
+    assert figures["accur. × fetch"] == ["75 × 75 %", "75 × 75 %"]
     assert lines[-2:] == ["hints: taken 3000, late 100", "hint latency: median ≤ 1.0 ms, p99 ≤ 5.0 ms"]
     assert max(map(len, lines)) <= FIGURES_WIDTH + 6
 

@@ -97,10 +97,18 @@ def _show_once(watch: NodeWatch, flags: TopFlags, console: Console, stop: StopSi
     view = TopView(watch.frame(flags.drawing))
     console.print(view)
     if flags.svg is not None:
-        with Path("/dev/null").open("w") as nowhere:
-            picture = Console(record=True, width=console.width, height=console.height, file=nowhere)
-            picture.print(view)
-            picture.save_svg(str(flags.svg), title="promoe top")
+        _save_picture(view, flags.svg, console)
+
+
+def _save_picture(view: TopView, path: Path, console: Console) -> None:
+    """As a terminal of the same size would show it, in colours."""
+    with Path("/dev/null").open("w") as nowhere:
+        picture = Console(
+            record=True, file=nowhere, width=console.width, height=console.height, force_terminal=True,
+            color_system="truecolor", no_color=False,
+        )  # fmt: skip
+        picture.print(view)
+        picture.save_svg(str(path), title="promoe top")
 
 
 def _show_live(watch: NodeWatch, flags: TopFlags, console: Console, stop: StopSignals) -> None:

@@ -82,11 +82,7 @@ def _link_lines(lately: Window | None, total: Window) -> list[Text]:
 def _prefetch_lines(lately: Window | None, total: Window) -> list[Text]:
     if _judged_nbytes(total.now) == 0:
         return []
-    return [
-        _row("useful prefetches", *_shares(lately, total, _useful_nbytes, _judged_nbytes)),
-        _row("  late", *_shares(lately, total, lambda stats: stats.prefetch.late_bytes, _judged_nbytes)),
-        _row("  wasted", *_shares(lately, total, lambda stats: stats.prefetch.wasted_bytes, _judged_nbytes)),
-    ]
+    return [_row("useful/late/waste", _fates(lately), _fates(total))]
 
 
 def _quality_lines(lately: Window | None, total: Window, version: str | None) -> list[Text]:
@@ -94,9 +90,11 @@ def _quality_lines(lately: Window | None, total: Window, version: str | None) ->
     recent = lately.hints(version) if lately else {}
     lines: list[Text] = []
     for lookahead, totals in ever.items():
-        lines.append(_row(f"GoodPred, ahead {lookahead}", *_judged(recent.get(lookahead), totals, _good_pred)))
-        lines.append(_row("  accuracy", *_judged(recent.get(lookahead), totals, _accuracy)))
-        lines.append(_row("  fetch rate", *_judged(recent.get(lookahead), totals, _fetch_rate)))
+        judged = recent.get(lookahead), totals
+        lines.append(
+            _row(f"GoodPred, ahead {lookahead}", *(format_rate(one.good_pred if one else None) for one in judged))
+        )
+        lines.append(_row("  accur. × fetch", *(_factors(one) for one in judged)))
     return lines
 
 
@@ -130,22 +128,17 @@ def quantile_phrase(histogram: Histogram, share: float) -> str:
     return f"> {format_s(histogram.bounds_s[-1])}"
 
 
-def _judged(
-    recent: HintTotals | None, ever: HintTotals, measure: Callable[[HintTotals], float | None]
-) -> tuple[str, str]:
-    return format_rate(measure(recent) if recent else None), format_rate(measure(ever))
+def _factors(totals: HintTotals | None) -> str:
+    """GoodPred's two factors in per cent."""
+    if totals is None or totals.accuracy is None or totals.fetch_rate is None:
+        return "–"
+    return f"{100 * totals.accuracy:.0f} × {100 * totals.fetch_rate:.0f} %"
 
 
-def _good_pred(totals: HintTotals) -> float | None:
-    return totals.good_pred
-
-
-def _accuracy(totals: HintTotals) -> float | None:
-    return totals.accuracy
-
-
-def _fetch_rate(totals: HintTotals) -> float | None:
-    return totals.fetch_rate
+def _fates(window: Window | None) -> str:
+    """What became of prefetched bytes, in per cent."""
+    shares = [window.share(part, _judged_nbytes) if window else None for part in (_useful, _late, _wasted)]
+    return "–" if None in shares else "/".join(f"{100 * share:.0f}" for share in shares if share is not None) + " %"
 
 
 def _shares(lately: Window | None, total: Window, part: Counter, whole: Counter) -> tuple[str, str]:
@@ -197,10 +190,17 @@ def _prefetch_nbytes(stats: CacheStats) -> float:
     return stats.uploaded_bytes - _demand_nbytes(stats) - stats.prefetch.streamed_bytes
 
 
-def _useful_nbytes(stats: CacheStats) -> float:
+def _useful(stats: CacheStats) -> float:
     return stats.prefetch.useful_bytes
 
 
+def _late(stats: CacheStats) -> float:
+    return stats.prefetch.late_bytes
+
+
+def _wasted(stats: CacheStats) -> float:
+    return stats.prefetch.wasted_bytes
+
+
 def _judged_nbytes(stats: CacheStats) -> float:
-    prefetch = stats.prefetch
-    return prefetch.useful_bytes + prefetch.late_bytes + prefetch.wasted_bytes
+    return _useful(stats) + _late(stats) + _wasted(stats)
