@@ -82,13 +82,13 @@ class StepRecorder:
     Attributes:
         ledger: which request owns which row.
         metrics: Prometheus counters.
-        take_compute_stall_s: seconds that compute itself waited since the last call, from the device.
+        take_compute_stall_s: seconds that compute waited since the last call, given what the host waited; the device's.
         is_counting: false until `begin`.
     """
 
     ledger: StepLedger
     metrics: CacheMetrics
-    take_compute_stall_s: Callable[[], float]
+    take_compute_stall_s: Callable[[float], float]
     is_counting: bool = False
     phases: dict[Phase, PhaseCounters] = field(default_factory=lambda: {phase: PhaseCounters() for phase in Phase})
     # Demand loads that arrived since the last layer: what became urgent on its way was asked for as a prefetch.
@@ -136,11 +136,13 @@ class StepRecorder:
         self._count_requests(spans, acquisition, ids_TK, missing)
 
     def _use_of(self, acquisition: Acquisition) -> _LayerUse:
-        compute_stall_s = self.take_compute_stall_s()
-        acquisition.stall_s += compute_stall_s
+        host_wait_s = acquisition.stall_s
+        acquisition.stall_s = self.take_compute_stall_s(host_wait_s)
         num_misses, num_late = len(acquisition.misses), len(acquisition.late)
-        # What compute itself waited for is not known by cause; its end, on CUDA, is known a layer later at that.
+        # What compute waited for is known by cause where the host waits too; on CUDA it is known a layer later at that.
         late_share = num_late / num_misses if num_misses else 0.0
+        if host_wait_s > 0:
+            late_share = acquisition.late_stall_s / host_wait_s
         return _LayerUse(
             hits=len(acquisition.hits),
             misses=num_misses,
@@ -148,7 +150,7 @@ class StepRecorder:
             loaded_nbytes=acquisition.loaded_nbytes,
             late_nbytes=sum(self._demanded_nbytes.get(expert, 0) for expert in acquisition.late),
             stall_s=acquisition.stall_s,
-            late_stall_s=acquisition.late_stall_s + late_share * compute_stall_s,
+            late_stall_s=late_share * acquisition.stall_s,
         )
 
     def _count_phase(self, phase: Phase, use: _LayerUse) -> None:

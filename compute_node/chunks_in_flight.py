@@ -1,9 +1,8 @@
-"""Chunks that the link was given and that have not arrived, and how fast they arrive.
+"""Chunks that the link was given and that have not arrived, and how fast the link has been lately.
 
 Used by the transfer thread only; others may read the meter at any time.
 """
 
-import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Final
@@ -46,44 +45,28 @@ class LinkMeter:
 class ChunksInFlight:
     """At most `max_chunks` copies, in the order they were handed to the link, in which they arrive."""
 
-    def __init__(self, max_chunks: int, meter: LinkMeter) -> None:
+    def __init__(self, max_chunks: int) -> None:
         self._max_chunks = max_chunks
-        self._meter = meter
-        self._chunks: deque[tuple[CopyTicket, int]] = deque()
-        # The link has been busy since then, and these bytes of it arrived unmeasured.
-        self._busy_since_s = 0.0
-        self._unmeasured_nbytes = 0
+        self._tickets: deque[CopyTicket] = deque()
 
     def __len__(self) -> int:
-        return len(self._chunks)
+        return len(self._tickets)
 
-    def add(self, ticket: CopyTicket, nbytes: int, begin_s: float) -> None:
-        """A chunk that was handed to the link at `begin_s` (`time.perf_counter`)."""
-        if ticket.is_done() and not self._chunks:
-            self._meter.add(nbytes, time.perf_counter() - begin_s)
-            return
-        if not self._chunks:
-            self._busy_since_s = begin_s
-        self._chunks.append((ticket, nbytes))
+    def add(self, ticket: CopyTicket) -> None:
+        """A chunk that was handed to the link."""
+        if self._tickets or not ticket.is_done():
+            self._tickets.append(ticket)
 
     def await_room(self) -> None:
         """Blocks until one more chunk may be handed over."""
-        while len(self._chunks) >= self._max_chunks:
+        while len(self._tickets) >= self._max_chunks:
             self.await_oldest()
 
     def await_oldest(self) -> None:
         """Blocks until the oldest chunk has arrived."""
-        ticket, nbytes = self._chunks.popleft()
-        self._unmeasured_nbytes += nbytes
-        was_done = ticket.is_done()
-        ticket.wait_on_host()
-        # Nobody saw when a chunk arrived that was done before: it is measured together with the next one.
-        if not was_done or not self._chunks:
-            now_s = time.perf_counter()
-            self._meter.add(self._unmeasured_nbytes, now_s - self._busy_since_s)
-            self._busy_since_s, self._unmeasured_nbytes = now_s, 0
+        self._tickets.popleft().wait_on_host()
 
     def await_all(self) -> None:
         """Blocks until nothing is under way."""
-        while self._chunks:
+        while self._tickets:
             self.await_oldest()

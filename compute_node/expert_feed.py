@@ -31,7 +31,11 @@ class ComputeMarks(Protocol):
 
 @dataclass(frozen=True)
 class FeedParts:
-    """What the feed shares with its cache; `arrive`, `stop` and `new_load` are the cache's own."""
+    """What the feed shares with its cache; `arrive`, `stop` and `new_load` are the cache's own.
+
+    Attributes:
+        wait_begins: told when there is nothing to compute with until a load is ISSUED.
+    """
 
     table: SlotTable
     history: ExpertHistory
@@ -43,6 +47,7 @@ class FeedParts:
     new_load: Callable[[ExpertId, Slot], Load]
     arrive: Callable[[Slot, Load], None]
     stop: Callable[[Sequence[Slot]], None]
+    wait_begins: Callable[[], None]
 
 
 class ExpertFeed:
@@ -217,6 +222,7 @@ class ExpertFeed:
             if slot.kept_nbytes is not None or self._parts.prefetcher.is_under_way(slot):
                 self._parts.prefetcher.urge(slot)
             loads.append(slot.load)
+        self._parts.wait_begins()
         started_s = self._parts.clock()
         load = self._parts.transfers.next_issued(loads)
         load.ticket.wait_on_compute()

@@ -58,7 +58,7 @@ class ExpertPath:
             experts_per_token=spec.experts_per_token,
         )
         addresses = [row_B.data_ptr() for row_B in slots_SB]
-        surroundings = CacheSurroundings(device, transfers, source_address, hints)
+        surroundings = CacheSurroundings(device, transfers, source_address, hints, wait_begins=device.wait_begins)
         return cls(ExpertCache(addresses, geometry, policy, surroundings), transfers, slots_SB)
 
     def install(self, loaded: LoadedModel, spec: ModelSpec, recorder: StepRecorder, observer: LayerObserver) -> None:

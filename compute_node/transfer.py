@@ -45,7 +45,7 @@ class TransferEngine:
         self._condition = threading.Condition()
         self._queue = LoadQueue(chunks)
         self._meter = LinkMeter()
-        self._in_flight = ChunksInFlight(chunks.max_in_flight, self._meter)
+        self._in_flight = ChunksInFlight(chunks.max_in_flight)
         self._closing = False
         self._has_died = False
         self._link: Link | None = None
@@ -123,7 +123,7 @@ class TransferEngine:
             return self._queue.queued_nbytes
 
     def link_bytes_per_s(self) -> float | None:
-        """See `Transfers`; measured where chunks arrive."""
+        """See `Transfers`; by the link's own measure of the chunks that have arrived."""
         return self._meter.bytes_per_s
 
     @property
@@ -145,10 +145,11 @@ class TransferEngine:
             with self._condition:
                 self._link = link
                 self._condition.notify_all()
-            while (chunk := self._next_chunk()) is not None:
+            while (chunk := self._next_chunk(link)) is not None:
                 self._copy(link, chunk)
             # Memory at either end may be freed as soon as the thread is gone.
             self._in_flight.await_all()
+            self._measure(link)
         finally:
             # Whatever ended the thread, nobody waits for it any longer.
             with self._condition:
@@ -156,10 +157,11 @@ class TransferEngine:
                 self._closing = True
                 self._condition.notify_all()
 
-    def _next_chunk(self) -> Chunk | None:
+    def _next_chunk(self, link: Link) -> Chunk | None:
         """What to move now, chosen as late as possible; None when the engine is closed."""
         self._in_flight.await_room()
         while True:
+            self._measure(link)
             with self._condition:
                 if self._closing:
                     return None
@@ -189,12 +191,17 @@ class TransferEngine:
                 self._queue.failed(error)
                 self._condition.notify_all()
             return
-        self._in_flight.add(ticket, chunk.nbytes, begin_s)
+        self._in_flight.add(ticket)
+        self._measure(link)
         with self._condition:
             load.end_s = time.perf_counter()
             # Who waits, waits for a load's end, or for the link to have done with a paused one.
             if self._queue.issued(ticket) or load.state is not LoadState.COPYING:
                 self._condition.notify_all()
+
+    def _measure(self, link: Link) -> None:
+        use = link.take_use()
+        self._meter.add(use.nbytes, use.busy_s)
 
     def _load_under_way(self) -> Load | None:
         chunk = self._queue.chunk_under_way

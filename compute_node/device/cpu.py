@@ -13,7 +13,7 @@ from typing import Final
 import psutil
 import torch
 
-from compute_node.device.seam import CopyTicket, DeviceMemory, HostCopy
+from compute_node.device.seam import CopyTicket, DeviceMemory, HostCopy, LinkUse
 from promoe.errors import InsufficientMemory
 
 SHORTEST_SLEEP_S: Final = 50e-6
@@ -56,6 +56,8 @@ class CpuLink:
 
     bytes_per_s: float | None = None
     _free_at_s: float = 0.0
+    _used_nbytes: int = 0
+    _used_s: float = 0.0
 
     @property
     def description(self) -> str:
@@ -74,7 +76,15 @@ class CpuLink:
             early_s = self._free_at_s - time.perf_counter()
             if early_s > SHORTEST_SLEEP_S:
                 time.sleep(early_s)
+        self._used_nbytes += nbytes
+        self._used_s += time.perf_counter() - started_s
         return DONE
+
+    def take_use(self) -> LinkUse:
+        """See `Link.take_use`; an emulated link is busy until its sleeper has woken up."""
+        use = LinkUse(self._used_nbytes, self._used_s)
+        self._used_nbytes, self._used_s = 0, 0.0
+        return use
 
 
 class CpuDevice:
@@ -127,9 +137,12 @@ class CpuDevice:
         """Compute on the CPU is finished when the call that asked for it returns."""
         return DONE
 
-    def take_compute_stall_s(self) -> float:
+    def wait_begins(self) -> None:
         """The host waits, and is measured where it waits."""
-        return 0.0
+
+    def take_compute_stall_s(self, host_wait_s: float) -> float:
+        """What the host waited."""
+        return host_wait_s
 
     def synchronize(self) -> None:
         """Nothing is ever pending."""

@@ -13,37 +13,55 @@ from typing import Final, cast
 import torch
 
 from compute_node.device.cuda_driver import CudaDriver, RegisteredRanges
-from compute_node.device.seam import CopyTicket, DeviceMemory, HostCopy
+from compute_node.device.seam import CopyTicket, DeviceMemory, HostCopy, LinkUse
 from promoe.errors import InsufficientMemory, Unavailable
 
 logger = logging.getLogger(__name__)
 
 BOUNCE_BUFFERS: Final = 4
 BOUNCE_NBYTES: Final = 8 << 20
+FEW_NBYTES: Final = 64 << 10
+"""Copies to the host of so little pass between two kernels: a stream of their own costs more than it saves."""
 
 
 class StallMeter:
-    """Adds up how long the compute stream itself waited for copies, from pairs of timing events."""
+    """Adds up how long the compute stream had nothing to do but to wait for copies, from pairs of timing events.
+
+    A wait begins on the stream when the host has found nothing to compute with (`begin`), and ends when the stream has
+    passed the copy's event: what the stream still computes while the host waits is no stall.
+    """
 
     def __init__(self) -> None:
+        self._begun: torch.cuda.Event | None = None
         self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    def wait_measured(self, event: torch.cuda.Event) -> None:
-        """Makes the current stream wait for `event` and remembers how long that took."""
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        stream = torch.cuda.current_stream()
-        before.record(stream)
-        stream.wait_event(event)
-        after.record(stream)
-        self._open.append((before, after))
+    def begin(self) -> None:
+        """Whatever the current stream still has to do ends here; a wait that was never ended is forgotten."""
+        self._begun = self._mark()
+
+    def end(self, copied: torch.cuda.Event) -> None:
+        """Orders the current stream behind `copied`; remembers how long that took, if it takes anything."""
+        begun, self._begun = self._begun, None
+        is_copied = copied.query()
+        if is_copied and begun is None:
+            return
+        begun = begun or self._mark()
+        if not is_copied:
+            torch.cuda.current_stream().wait_event(copied)
+        self._open.append((begun, self._mark()))
 
     def take_s(self) -> float:
         """Seconds of the waits that are over and were not taken yet; never blocks."""
         total_ms = 0.0
         while self._open and self._open[0][1].query():
-            before, after = self._open.popleft()
-            total_ms += before.elapsed_time(after)
+            begun, ended = self._open.popleft()
+            total_ms += begun.elapsed_time(ended)
         return total_ms / 1e3
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream())
+        return event
 
 
 class EventTicket:
@@ -62,9 +80,8 @@ class EventTicket:
         self.event.synchronize()
 
     def wait_on_compute(self) -> None:
-        """Orders the current stream behind the event; costs nothing when it has passed."""
-        if not self.event.query():
-            self._stalls.wait_measured(self.event)
+        """Orders the current stream behind the event; the host does not wait."""
+        self._stalls.end(self.event)
 
 
 class CudaPinning:
@@ -121,6 +138,7 @@ class CudaLink:
         self._stalls = stalls
         self._pinning = pinning
         self._bounce: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque()
 
     @property
     def description(self) -> str:
@@ -137,12 +155,25 @@ class CudaLink:
             return self._copy_through_ring(destination_address, source_address, nbytes)
         return EventTicket(self._start(destination_address, source_address, nbytes), self._stalls)
 
+    def take_use(self) -> LinkUse:
+        """From the copy stream's own clock."""
+        nbytes, busy_ms = 0, 0.0
+        while self._under_way and self._under_way[0][1].query():
+            begun, ended, copied_nbytes = self._under_way.popleft()
+            nbytes += copied_nbytes
+            busy_ms += begun.elapsed_time(ended)
+        return LinkUse(nbytes, busy_ms / 1e3)
+
     def _start(self, destination_address: int, source_address: int, nbytes: int) -> torch.cuda.Event:
+        # Behind what the stream was told to wait for, which is not the link's time.
+        begun = torch.cuda.Event(enable_timing=True)
+        begun.record(self._stream)
         self._driver.copy_to_device(destination_address, source_address, nbytes, self._stream.cuda_stream)
         # A blocking event: a host thread that waits for it sleeps.
-        event = torch.cuda.Event(blocking=True)
-        event.record(self._stream)
-        return event
+        ended = torch.cuda.Event(enable_timing=True, blocking=True)
+        ended.record(self._stream)
+        self._under_way.append((begun, ended, nbytes))
+        return ended
 
     def _copy_through_ring(self, destination_address: int, source_address: int, nbytes: int) -> CopyTicket:
         done_nbytes = 0
@@ -209,10 +240,14 @@ class CudaDevice:
         return torch.tensor(rows, pin_memory=True).to(self.torch_device, non_blocking=True)
 
     def copy_to_host(self, hidden_TD: torch.Tensor, index_R: torch.Tensor | None) -> HostCopy:
-        """Gathered on the compute stream, copied to pinned memory on a stream of its own.
+        """Gathered on the compute stream, copied to pinned memory on a stream of its own unless it is very little.
 
         torch's allocators keep both buffers until the copy has passed, whoever lets go of them before.
         """
+        if index_R is None and hidden_TD.nbytes <= FEW_NBYTES:
+            host_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, pin_memory=True)
+            host_TD.copy_(hidden_TD, non_blocking=True)
+            return HostCopy(host_TD, self.mark_compute())
         rows_RD = hidden_TD.clone() if index_R is None else hidden_TD.index_select(0, index_R)
         gathered = torch.cuda.Event()
         gathered.record(torch.cuda.current_stream())
@@ -231,7 +266,11 @@ class CudaDevice:
         event.record(torch.cuda.current_stream())
         return EventTicket(event, self._stalls)
 
-    def take_compute_stall_s(self) -> float:
+    def wait_begins(self) -> None:
+        """A timing event on the stream that computes."""
+        self._stalls.begin()
+
+    def take_compute_stall_s(self, host_wait_s: float) -> float:
         """From timing events; waits still open are taken next time."""
         return self._stalls.take_s()
 

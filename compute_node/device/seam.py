@@ -40,6 +40,14 @@ class CopyTicket(Protocol):
         """Makes compute that is issued from now on wait for the bytes; does not block the host where it can."""
 
 
+@dataclass(frozen=True)
+class LinkUse:
+    """What a link carried, and for how long it was busy with nothing but that."""
+
+    nbytes: int
+    busy_s: float
+
+
 class Link(Protocol):
     """Copies host memory into device slots; used by the transfer thread only."""
 
@@ -52,6 +60,12 @@ class Link(Protocol):
 
     def copy(self, destination_address: int, source_address: int, nbytes: int) -> CopyTicket:
         """Starts copying `nbytes` from host memory to device memory."""
+
+    def take_use(self) -> LinkUse:
+        """Of copies that were seen to have ended since the last call; never blocks.
+
+        Waiting for compute (`order_after`), and for a thread to notice an end, is not the link's time.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +138,16 @@ class Device(Protocol):
     def mark_compute(self) -> CopyTicket:
         """A ticket that is done when all compute issued so far has finished (for releasing pins)."""
 
-    def take_compute_stall_s(self) -> float:
-        """Seconds that compute itself waited for copies since the last call (0 where the host does the waiting)."""
+    def wait_begins(self) -> None:
+        """The host has nothing to compute with until the next ticket's `wait_on_compute`."""
+
+    def take_compute_stall_s(self, host_wait_s: float) -> float:
+        """Seconds that compute waited for copies since the last call.
+
+        Args:
+            host_wait_s: for how long the host waited for them, which is all where compute is done by the host, and
+                overlaps with what is still being computed where it is not.
+        """
 
     def synchronize(self) -> None:
         """Blocks until all work on the device has finished."""

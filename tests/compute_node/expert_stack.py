@@ -134,7 +134,7 @@ def open_stack(arena: PlainArena, num_layers: int, options: StackOptions) -> Ite
     hints = HintInbox()
     observer = LayerObserver(num_layers, device, ())
     with TransferEngine(device.open_link, policy.chunk_settings(arena.layout.blob_nbytes)) as transfers:
-        surroundings = CacheSurroundings(device, transfers, arena.address, hints)
+        surroundings = CacheSurroundings(device, transfers, arena.address, hints, wait_begins=device.wait_begins)
         expert_cache = ExpertCache([row.data_ptr() for row in slots_SB], geometry, policy, surroundings)
         ledger.listeners = (observer.begin_step, expert_cache.begin_step)
         yield ExpertStack(arena, expert_cache, transfers, ledger, recorder, slots_SB, hints, observer)

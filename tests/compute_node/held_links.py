@@ -4,10 +4,11 @@ import threading
 from dataclasses import dataclass, field
 
 from compute_node.device.cpu import DONE
-from compute_node.device.seam import CopyTicket
+from compute_node.device.seam import CopyTicket, LinkUse
 from promoe.errors import Unavailable
 
 DEADLINE_S = 30.0
+RECORDED_BYTES_PER_S = 1e6
 
 
 @dataclass
@@ -39,6 +40,7 @@ class RecordingLink:
         self.is_held = True
         self.ordered_after: list[CopyTicket] = []
         self.changed = threading.Condition()
+        self._num_used = 0
 
     def order_after(self, compute: CopyTicket) -> None:
         self.ordered_after.append(compute)
@@ -52,6 +54,15 @@ class RecordingLink:
             self.tickets.append(ticket)
             self.changed.notify_all()
         return ticket
+
+    def take_use(self) -> LinkUse:
+        """As if each byte had taken a microsecond."""
+        nbytes = 0
+        with self.changed:
+            while self._num_used < len(self.tickets) and self.tickets[self._num_used].is_done():
+                nbytes += self.copies[self._num_used][2]
+                self._num_used += 1
+        return LinkUse(nbytes, nbytes / RECORDED_BYTES_PER_S)
 
     def let_go(self) -> None:
         """Every copy arrives, the coming ones at once."""
@@ -79,6 +90,10 @@ class FailingLink:
         if source_address == self.refused:
             raise Unavailable("the link broke")
         return DONE
+
+    def take_use(self) -> LinkUse:
+        """Too quick to be measured."""
+        return LinkUse(0, 0.0)
 
 
 class GatedLink(RecordingLink):

@@ -22,7 +22,11 @@ class Counting:
         self.registry = CollectorRegistry()
         self.ledger = StepLedger()
         self.compute_stall_s = 0.0
-        self.recorder = StepRecorder(self.ledger, CacheMetrics.register(self.registry), lambda: self.compute_stall_s)
+        self.recorder = StepRecorder(self.ledger, CacheMetrics.register(self.registry), self.stall_s)
+
+    def stall_s(self, host_wait_s: float) -> float:
+        """A device on which compute waits beside the host."""
+        return host_wait_s + self.compute_stall_s
 
     def metric(self, name: str, phase: Phase, **labels: str) -> float:
         return self.registry.get_sample_value(f"promoe_{name}_total", {"phase": phase.value, **labels}) or 0.0

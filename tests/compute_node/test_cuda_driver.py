@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from compute_node.arena_mapping import ArenaMapping
 from compute_node.device.cuda import BOUNCE_BUFFERS, BOUNCE_NBYTES, CudaDevice
 from compute_node.device.cuda_driver import RegisteredRanges
-from compute_node.device.seam import CopyTicket
+from compute_node.device.seam import CopyTicket, LinkUse
 from tests.compute_node.test_arena_mapping import geometry_of, make_arena
 
 BLOB_NBYTES = 1 << 20
@@ -123,12 +123,17 @@ def test_a_slot_is_overwritten_behind_its_readers_and_read_behind_its_copy() -> 
         torch.cuda._sleep(50_000_000)
         before = slots_SB.clone()
         link.order_after(device.mark_compute())
+        device.wait_begins()
         ticket = link.copy(slots_SB.data_ptr(), source, BLOB_NBYTES)
         assert not ticket.is_done(), "the readers are still at work"
+        assert link.take_use() == LinkUse(0, 0.0), "nothing has arrived yet"
         ticket.wait_on_compute()
         after = slots_SB.clone()
     device.synchronize()
     assert (int(before.min()), int(before.max())) == (99, 99)
     assert (int(after.min()), int(after.max())) == (1, 1)
-    assert device.take_compute_stall_s() > 0
+    sleep_s = 0.01  # 50 million clocks take longer
+    assert 0 < device.take_compute_stall_s(1.0) < sleep_s, "the readers' own time is not waited for"
+    use = link.take_use()
+    assert (use.nbytes, use.busy_s < sleep_s) == (BLOB_NBYTES, True), "nor is it the link's"
     mapping.close()

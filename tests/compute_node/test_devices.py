@@ -11,7 +11,7 @@ from compute_node.config import DeviceChoice
 from compute_node.device.choice import choose_device
 from compute_node.device.cpu import CpuDevice, CpuLink
 from compute_node.device.cuda import CudaDevice
-from compute_node.device.seam import Device
+from compute_node.device.seam import Device, LinkUse
 from promoe.config import SettingUnfit
 from promoe.errors import InsufficientMemory, Unavailable
 
@@ -39,14 +39,39 @@ def test_a_copy_brings_the_bytes(open_device: Callable[[], Device]) -> None:
     source = torch.randint(0, 256, (4096,), dtype=torch.uint8)
     link = device.open_link()
     link.order_after(device.mark_compute())
+    device.wait_begins()
     ticket = link.copy(slots_SB[1].data_ptr(), source.data_ptr(), 4096)
     ticket.wait_on_compute()
     computed = slots_SB.clone()
     ticket.wait_on_host()
     assert ticket.is_done()
+    use = link.take_use()
+    assert use.nbytes == 4096
+    assert use.busy_s > 0
+    assert link.take_use() == LinkUse(0, 0.0), "each use is told once"
     assert torch.equal(computed[1].cpu(), source)
     assert not computed[0].any()
-    assert device.take_compute_stall_s() >= 0
+    assert device.take_compute_stall_s(0.25) == 0.25 or device.kind == "cuda"
+    assert device.take_compute_stall_s(0.0) == 0.0, "each wait is told once"
+
+
+@pytest.mark.parametrize("open_device", DEVICES)
+@pytest.mark.parametrize("num_tokens", [1, 3, 700])
+def test_hidden_states_reach_the_host_as_they_were(open_device: Callable[[], Device], num_tokens: int) -> None:
+    device = open_device()
+    rows = tuple(range(0, num_tokens, 2))
+    hidden_TD = torch.randn(num_tokens, 96).to(device.torch_device, torch.bfloat16)
+    expected_TD = hidden_TD.cpu().clone()
+    copies = [(device.copy_to_host(hidden_TD, None), expected_TD)]
+    copies.append((device.copy_to_host(hidden_TD, device.index_rows(rows)), expected_TD[list(rows)]))
+    hidden_TD.zero_()
+    del hidden_TD
+    overwriting = [torch.full((num_tokens, 96), 7.0, device=device.torch_device) for _ in range(4)]
+    for copy, expected in copies:
+        assert torch.equal(copy.wait(), expected)
+        assert copy.ticket.is_done()
+        assert copy.tensor.device.type == "cpu"
+    assert len(overwriting) == 4
 
 
 @pytest.mark.parametrize("open_device", DEVICES)

@@ -17,7 +17,15 @@ from compute_node.transfer import TransferEngine
 from promoe.errors import Unavailable
 from promoe.ids import ExpertId
 from promoe.trace_events import LoadReason
-from tests.compute_node.held_links import DEADLINE_S, BuggyLink, FailingLink, GatedLink, HeldTicket, RecordingLink
+from tests.compute_node.held_links import (
+    DEADLINE_S,
+    RECORDED_BYTES_PER_S,
+    BuggyLink,
+    FailingLink,
+    GatedLink,
+    HeldTicket,
+    RecordingLink,
+)
 
 
 def engine(link: Link, chunk_nbytes: int = 100, max_chunks_in_flight: int = 2) -> TransferEngine:
@@ -186,19 +194,20 @@ def test_of_several_the_one_that_was_issued_first_is_next() -> None:
             loads.remove(expected)
 
 
-def test_the_link_rate_is_known_once_something_arrived() -> None:
+def test_the_link_rate_is_what_the_link_measured_of_what_arrived() -> None:
     link = RecordingLink()
     with held_engine(link) as transfers:
-        assert transfers.link_bytes_per_s() is None
+        held = load(1, 200)
+        transfers.submit([held])
+        transfers.next_issued([held])
+        assert transfers.link_bytes_per_s() is None, "chunks under way are not measured, however long they wait"
         link.let_go()
-        asked = load(1, 1000)
+        asked = load(2, 1000)
         transfers.submit([asked])
         transfers.next_issued([asked])
-        rate = transfers.link_bytes_per_s()
-        assert rate is not None
-        assert rate > 0
+        assert transfers.link_bytes_per_s() == pytest.approx(RECORDED_BYTES_PER_S)
+        assert transfers.stats().link_busy_s == pytest.approx(1200 / RECORDED_BYTES_PER_S)
         assert asked.begin_s < asked.end_s
-        assert transfers.stats().link_busy_s > 0
 
 
 def test_after_close_no_copy_is_under_way() -> None:
