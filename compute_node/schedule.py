@@ -51,6 +51,7 @@ class SchedulePolicy:
         hints: whether and how hints become prefetches.
         chunks_per_expert: a prefetch gives way to a demand load between two chunks; 1: only between experts.
         chunk_nbytes: the same in bytes; overrides it.
+        largest_chunk_nbytes: for chunks that are decided by number; None: however large an expert's share is.
         chunks_demand: demand loads are cut, too.
         max_chunks_in_flight: copies handed to the link at once.
         early_preemption: all of a layer's misses become demand loads when its routing is known; else each when its
@@ -71,6 +72,7 @@ class SchedulePolicy:
     stream_prefill: bool
     chunks_demand: bool = True
     chunk_nbytes: int | None = None
+    largest_chunk_nbytes: int | None = LARGEST_CHUNK_NBYTES
     serial: bool = False
 
     def chunk_settings(self, blob_nbytes: int) -> ChunkSettings:
@@ -78,7 +80,9 @@ class SchedulePolicy:
         chunk_nbytes = self.chunk_nbytes
         if chunk_nbytes is None and self.chunks_per_expert > 1:
             wanted_nbytes = align_up(-(-blob_nbytes // self.chunks_per_expert), CHUNK_ALIGNMENT_NBYTES)
-            chunk_nbytes = min(max(wanted_nbytes, SMALLEST_CHUNK_NBYTES), LARGEST_CHUNK_NBYTES)
+            chunk_nbytes = max(wanted_nbytes, SMALLEST_CHUNK_NBYTES)
+            if self.largest_chunk_nbytes is not None:
+                chunk_nbytes = min(chunk_nbytes, self.largest_chunk_nbytes)
         return ChunkSettings(chunk_nbytes, self.max_chunks_in_flight, self.chunks_demand)
 
 
@@ -95,13 +99,15 @@ POLICIES: Final[Mapping[str, SchedulePolicy]] = MappingProxyType(
             reorder=False,
             stream_prefill=False,
         ),
-        # The chunks are the three matrices of an expert; what is urgent is not cut; one copy is in flight.
+        # The chunks are the three matrices of an expert, whatever their size; what is urgent is not cut; one copy is
+        # in flight.
         "promoe": SchedulePolicy(
             name="promoe",
             eviction="promoe",
             slot_split=SlotSplit.LAYER,
             hints=HintUse.TOP,
             chunks_per_expert=3,
+            largest_chunk_nbytes=None,
             chunks_demand=False,
             max_chunks_in_flight=1,
             early_preemption=True,

@@ -26,7 +26,12 @@ def variants() -> tuple[Variant, ...]:
     """Cumulative: each row has everything of the row before it."""
     lru, promoe, ours = POLICIES["lru"], POLICIES["promoe"], POLICIES["proactive"]
     prefetch = replace(lru, hints=HintUse.TOP, eviction=promoe.eviction)
-    chunks = replace(prefetch, chunks_per_expert=promoe.chunks_per_expert, chunks_demand=promoe.chunks_demand)
+    chunks = replace(
+        prefetch,
+        chunks_per_expert=promoe.chunks_per_expert,
+        largest_chunk_nbytes=promoe.largest_chunk_nbytes,
+        chunks_demand=promoe.chunks_demand,
+    )
     preemption = replace(chunks, early_preemption=True)
     reorder = replace(preemption, reorder=True)
     assert replace(reorder, name=promoe.name) == promoe, "the steps from LRU lead to ProMoE"
@@ -35,6 +40,7 @@ def variants() -> tuple[Variant, ...]:
         eviction,
         hints=HintUse.BUDGETED,
         chunks_per_expert=ours.chunks_per_expert,
+        largest_chunk_nbytes=ours.largest_chunk_nbytes,
         chunks_demand=ours.chunks_demand,
         max_chunks_in_flight=ours.max_chunks_in_flight,
     )

@@ -57,8 +57,14 @@ class TestPolicies:
             assert chunk_nbytes is None
         else:
             assert chunk_nbytes is not None
-            assert 16 << 10 <= chunk_nbytes <= 2 << 20
+            assert chunk_nbytes >= 16 << 10
             assert chunk_nbytes % 4096 == 0
+            assert chunk_nbytes <= 2 << 20 or policy.largest_chunk_nbytes is None
+
+    def test_the_papers_chunks_are_an_experts_three_matrices_however_large(self) -> None:
+        blob_nbytes = 3 * 2048 * 1408 * 2
+        assert POLICIES["promoe"].chunk_settings(blob_nbytes).chunk_nbytes == blob_nbytes // 3
+        assert POLICIES["proactive"].chunk_settings(blob_nbytes).chunk_nbytes == 2 << 20
 
     def test_chunks_asked_for_in_bytes_are_taken(self) -> None:
         assert asked("compute.chunk_bytes=12345").schedule().chunk_settings(10**6).chunk_nbytes == 12345
