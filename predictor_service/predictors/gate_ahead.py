@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 
 from predictor_service.predictor import PredictorSource
+from predictor_service.predictors.logistic import sigmoid
 from predictor_service.predictors.lookahead import at_lookahead
 from predictor_service.predictors.ranking import Ranking, target_of, union
 from predictor_service.predictors.step_state import StepState, multi_hot
@@ -27,8 +28,6 @@ from promoe.model_spec import ModelSpec
 _FIRST_SLOPE: Final = 9.0
 _SLOPE_RATE: Final = 3.0
 _OFFSET_RATE: Final = 0.05
-_LOWEST_LOGIT: Final = np.float32(-60)
-"""Its exponential is still a number."""
 
 VERSION: Final = PredictorVersion(
     version="gate_ahead@1",
@@ -68,14 +67,14 @@ class GateAheadSession:
         self._margins: dict[int, Float32Array] = {}
 
     def begin_step(self, start: StepStart) -> None:
-        """See PredictorSession."""
+        """See PredictorSession. What the step before taught is learned now, when no hint waits for it."""
+        self._learn()
         self._state.begin(start)
         self._margins.clear()
 
     def observe(self, observation: Observation) -> Sequence[Hint]:
         """See PredictorSession. A token's last layers say nothing of the next token's first ones."""
-        for layer in self._state.learn(observation):
-            self._learn(layer)
+        self._state.learn(observation)
         target = target_of(observation, self._lookahead, self._spec.num_moe_layers)
         hidden_RD = observation.hidden_RD
         if hidden_RD is None or not len(hidden_RD) or target.step != observation.step:
@@ -104,15 +103,24 @@ class GateAheadSession:
 
     def _probability(self, layer: int, margin_RE: Float32Array) -> Float32Array:
         """(R, E)"""
-        logits_RE = self._slope_L[layer] * margin_RE + self._offset_LE[layer]
-        probability_RE: Float32Array = 1 / (1 + np.exp(-np.maximum(logits_RE, _LOWEST_LOGIT)))
-        return probability_RE
+        return sigmoid(self._slope_L[layer] * margin_RE + self._offset_LE[layer])
 
-    def _learn(self, layer: int) -> None:
-        margin_RE = self._margins.pop(layer, None)
-        topk_ids_RK = self._state.routings[layer]
-        if margin_RE is None or len(margin_RE) != len(topk_ids_RK):
+    def _learn(self) -> None:
+        """One step down the gradient of the cross-entropy, for every layer whose hint the routing has answered."""
+        routings = self._state.routings
+        num_rows = max(map(len, self._margins.values()), default=0)
+        layers = [
+            layer
+            for layer, margin_RE in self._margins.items()
+            if layer in routings and len(margin_RE) == len(routings[layer]) == num_rows
+        ]
+        if not layers:
             return
-        error_RE = multi_hot(topk_ids_RK, self._spec.num_experts) - self._probability(layer, margin_RE)
-        self._slope_L[layer] = max(0.0, self._slope_L[layer] + _SLOPE_RATE * float((error_RE * margin_RE).mean()))
-        self._offset_LE[layer] += _OFFSET_RATE * error_RE.sum(axis=0)
+        margin_LRE = np.stack([self._margins[layer] for layer in layers])
+        routed_RK = np.concatenate([routings[layer] for layer in layers])
+        hot_LRE = multi_hot(routed_RK, self._spec.num_experts).reshape(margin_LRE.shape)
+        slope_L11, offset_L1E = self._slope_L[layers][:, None, None], self._offset_LE[layers][:, None]
+        error_LRE = hot_LRE - sigmoid(slope_L11 * margin_LRE + offset_L1E)
+        slope_L = self._slope_L[layers] + _SLOPE_RATE * (error_LRE * margin_LRE).mean(axis=(1, 2))
+        self._slope_L[layers] = np.maximum(slope_L, 0.0)
+        self._offset_LE[layers] += _OFFSET_RATE * error_LRE.sum(axis=1)

@@ -54,6 +54,7 @@ def _has_prefill(start: StepStart) -> bool:
 
 def multi_hot(topk_ids_RK: IdArray, num_experts: int) -> Float32Array:
     """(R, E): 1 where the row was routed to the expert."""
-    hot_RE = np.zeros((len(topk_ids_RK), num_experts), np.float32)
-    np.put_along_axis(hot_RE, topk_ids_RK.astype(np.intp), 1.0, axis=1)
+    num_rows = len(topk_ids_RK)
+    hot_RE = np.zeros((num_rows, num_experts), np.float32)
+    hot_RE[np.arange(num_rows)[:, None], topk_ids_RK] = 1.0
     return hot_RE

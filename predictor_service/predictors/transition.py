@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from predictor_service.predictor import PredictorSource
+from predictor_service.predictors.logistic import sigmoid
 from predictor_service.predictors.lookahead import at_lookahead
 from predictor_service.predictors.ranking import Ranking, target_of, union
 from predictor_service.predictors.step_state import StepState, multi_hot
@@ -20,8 +21,6 @@ from promoe.hint import Float32Array, Hint, IdArray, Observation, ObservedKind, 
 from promoe.model_spec import ModelSpec
 
 _LEARNING_RATE: Final = 0.08
-_LOWEST_LOGIT: Final = np.float32(-60)
-"""Its exponential is still a number."""
 
 VERSION: Final = PredictorVersion(
     version="transition@1",
@@ -59,13 +58,13 @@ class TransitionSession:
         self._bias_LE = np.full((layers, experts), np.log(share / (1 - share)), np.float32)
 
     def begin_step(self, start: StepStart) -> None:
-        """See PredictorSession."""
+        """See PredictorSession. What the step before taught is learned now, when no hint waits for it."""
+        self._learn()
         self._state.begin(start)
 
     def observe(self, observation: Observation) -> Sequence[Hint]:
         """See PredictorSession."""
-        for layer in self._state.learn(observation):
-            self._learn(layer)
+        self._state.learn(observation)
         source_RK = self._state.routings.get(observation.layer)
         if source_RK is None or not len(source_RK) or self._state.is_prefill:
             return ()
@@ -79,20 +78,34 @@ class TransitionSession:
 
     def _probability(self, layer: int, source_RK: IdArray) -> Float32Array:
         """(R, E)"""
-        logits_RE = self._bias_LE[layer] + self._weights_LEE[layer][source_RK].sum(axis=1)
-        probability_RE: Float32Array = 1 / (1 + np.exp(-np.maximum(logits_RE, _LOWEST_LOGIT)))
-        return probability_RE
+        return sigmoid(self._bias_LE[layer] + self._weights_LEE[layer][source_RK].sum(axis=1))
 
-    def _learn(self, layer: int) -> None:
-        """One step down the gradient of the cross-entropy, of all rows together."""
+    def _source(self, layer: int) -> IdArray | None:
+        """Routing of the same rows in the source layer, for the first layers of the step before, if it is known."""
         source = layer - self._lookahead
         routings = self._state.routings if source >= 0 else self._state.former_routings
         source_RK = routings.get(source % self._spec.num_moe_layers)
-        topk_ids_RK = self._state.routings[layer]
-        if source_RK is None or len(source_RK) != len(topk_ids_RK):
+        routed_RK = self._state.routings[layer]
+        return source_RK if source_RK is not None and source_RK.shape == routed_RK.shape else None
+
+    def _learn(self) -> None:
+        """One step down the gradient of the cross-entropy, for every layer whose source is known, all rows together."""
+        routings = self._state.routings
+        num_rows = max(map(len, routings.values()), default=0)
+        sources = {
+            layer: source_RK
+            for layer in routings
+            if len(routings[layer]) == num_rows and (source_RK := self._source(layer)) is not None
+        }
+        if not num_rows or not sources:
             return
-        error_RE = multi_hot(topk_ids_RK, self._spec.num_experts) - self._probability(layer, source_RK)
-        step_RE = _LEARNING_RATE * error_RE
-        self._bias_LE[layer] += step_RE.sum(axis=0)
-        for row, experts_K in enumerate(source_RK):
-            self._weights_LEE[layer][experts_K] += step_RE[row]
+        layers = list(sources)
+        source_LRK = np.stack(list(sources.values()))
+        routed_RK = np.concatenate([routings[layer] for layer in layers])
+        index_L1 = np.array(layers)[:, None]
+        logits_LRE = self._weights_LEE[index_L1[:, None], source_LRK].sum(axis=2) + self._bias_LE[layers][:, None]
+        hot_LRE = multi_hot(routed_RK, self._spec.num_experts).reshape(logits_LRE.shape)
+        step_LRE = _LEARNING_RATE * (hot_LRE - sigmoid(logits_LRE))
+        self._bias_LE[layers] += step_LRE.sum(axis=1)
+        for row in range(num_rows):  # an expert comes once in a row, but in several rows
+            self._weights_LEE[index_L1, source_LRK[:, row]] += step_LRE[:, row, None]
