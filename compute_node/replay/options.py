@@ -2,11 +2,12 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from compute_node.replay.hint_plan import HintSettings, HintSource
+from compute_node.replay.measured_link import measured_link
 from compute_node.replay.recorded_policy import policy_with, recorded_policy
 from compute_node.replay.recorded_run import RecordedRun
 from compute_node.replay.simulation import WhatIf
@@ -68,14 +69,13 @@ class ReplayOptions:
         Raises:
             SettingUnfit: a setting that is not in its table, a cache rate of no slot, or no link rate anywhere.
         """
-        link_bytes_per_s = self.link if self.link is not None else run.header.link_bytes_per_s
-        if link_bytes_per_s <= 0:
-            raise SettingUnfit("the trace does not know the link's rate; give one: --link BYTES_PER_S")
+        link = measured_link(run) if self.link is None else LinkModel(self.link)
+        link = replace(link, chunk_s=self.chunk_s)
         bases = [policy_named(name) for name in self.policies] or [recorded_policy(run.header)]
         for base in bases:
             policy = policy_with(base, self.settings)
             for slots in self._slots(run):
-                yield WhatIf(policy, slots, LinkModel(link_bytes_per_s, self.chunk_s), self.hints)
+                yield WhatIf(policy, slots, link, self.hints)
 
     def _slots(self, run: RecordedRun) -> Iterator[int]:
         num_experts = run.geometry.num_experts

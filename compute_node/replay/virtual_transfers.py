@@ -57,10 +57,17 @@ class VirtualClock:
 
 @dataclass(frozen=True)
 class LinkModel:
-    """What a link costs. `chunk_s`: of every chunk, beside its bytes."""
+    """What a link costs.
+
+    Attributes:
+        bytes_per_s: while it is busy.
+        chunk_s: of every chunk, beside its bytes.
+        wake_s: from a copy's end until the host that waited for it goes on.
+    """
 
     bytes_per_s: float
     chunk_s: float = 0.0
+    wake_s: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.bytes_per_s > 0, "a link moves bytes"
@@ -72,10 +79,11 @@ class LinkModel:
 
 @dataclass(frozen=True)
 class VirtualTicket:
-    """A chunk that arrives at `end_s`; whoever waits for it lets the time pass."""
+    """A chunk that arrives at `end_s`; whoever waits for it lets the time pass, and wakes `wake_s` later."""
 
     clock: VirtualClock
     end_s: float
+    wake_s: float = 0.0
 
     def is_done(self) -> bool:
         """True once its time has come."""
@@ -83,11 +91,12 @@ class VirtualTicket:
 
     def wait_on_host(self) -> None:
         """Until its time has come."""
-        self.clock.advance_to(self.end_s)
+        if not self.is_done():
+            self.clock.advance_to(self.end_s + self.wake_s)
 
     def wait_on_compute(self) -> None:
         """Compute and host share one clock."""
-        self.clock.advance_to(self.end_s)
+        self.wait_on_host()
 
 
 class VirtualMarks:
@@ -184,5 +193,5 @@ class VirtualTransfers:
                 chunk.load.begin_s = choice_s
             chunk.load.end_s = end_s
             self.meter.add(chunk.nbytes, end_s - begin_s)
-            self.queue.issued(VirtualTicket(self._clock, end_s))
+            self.queue.issued(VirtualTicket(self._clock, end_s, self._link.wake_s))
         self._decided_s = max(self._decided_s, now_s)

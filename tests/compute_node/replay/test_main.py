@@ -127,6 +127,23 @@ def test_a_wrong_command_line_ends_with_2(flag: list[str], capsys: pytest.Captur
     assert "usage: promoe trace replay" in capsys.readouterr().err
 
 
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_options(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for flag in (
+        "--policy",
+        "--slot-split",
+        "--no-early-preemption",
+        "--cache-rate",
+        "--link",
+        "--lookahead",
+        "--json",
+    ):
+        assert flag in text
+
+
 def test_nothing_asked_for_is_no_what_if() -> None:
     asked = parse_options(["a.trace"])
     assert not asked.is_what_if

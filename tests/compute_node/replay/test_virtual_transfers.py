@@ -42,6 +42,19 @@ def test_waiting_for_a_load_takes_its_time_on_the_link() -> None:
     assert transfers.link_bytes_per_s() == pytest.approx(150 / 2.0, rel=0.1)
 
 
+def test_a_host_that_waited_wakes_a_little_later() -> None:
+    clock = VirtualClock()
+    transfers = VirtualTransfers(clock, LinkModel(100.0, wake_s=0.125), ChunkSettings(None, 1))
+    waited_for, ahead = load(1), load(2)
+    transfers.submit([waited_for])
+    arrive(transfers, waited_for)
+    assert clock() == 1.125
+    transfers.submit([ahead])
+    clock.advance(2.0)
+    arrive(transfers, ahead)
+    assert clock() == 3.125, "nobody waited"
+
+
 def test_compute_hides_a_prefetch() -> None:
     clock, transfers = at_100_bytes_per_s()
     ahead = load(1, reason=LoadReason.PREFETCH)

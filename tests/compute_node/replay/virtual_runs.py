@@ -85,6 +85,8 @@ class TracedSimulation:
         return replace(
             header,
             shape=shape,
+            # Chunks are handed over ahead, as to a GPU.
+            device=replace(header.device, link="registered"),
             link_bytes_per_s=self._settings.link.bytes_per_s,
             resident=tuple(self._snapshot.resident),
             history_json=self._snapshot.history_json,
