@@ -43,6 +43,9 @@ class Session:
         spec: the model both ends have.
         predictor: makes the hints.
         max_rows: rows an observation may have.
+
+    Raises:
+        InternalError: the plug-in failed.
     """
 
     def __init__(self, node: str, spec: ModelSpec, predictor: Predictor, max_rows: int) -> None:
@@ -52,7 +55,7 @@ class Session:
         self._version = predictor.version
         self._max_rows = max_rows
         self._step = 0
-        self._predictions = predictor.open_session()
+        self._predictions = self._guarded(predictor.open_session)
 
     def begin_step(self, start: StepStart) -> None:
         """A forward pass begins.

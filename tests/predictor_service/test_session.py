@@ -138,3 +138,13 @@ def test_a_plugin_s_bug_becomes_one_sentence_and_one_traceback(
     assert record.exc_info is not None
     assert "node-1" in record.getMessage()
     assert session.counters.observations == 0
+
+
+def test_a_plugin_that_cannot_open_a_session_is_told_like_any_other_bug(caplog: pytest.LogCaptureFixture) -> None:
+    class Closed(RecordingPredictor):
+        def open_session(self) -> RecordingPredictor:
+            raise ValueError("a bug of the plug-in")
+
+    with caplog.at_level(logging.ERROR), pytest.raises(InternalError, match=r"recording@1 failed \(ValueError\)"):
+        open_session(Closed())
+    assert len(caplog.records) == 1
