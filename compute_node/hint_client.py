@@ -221,7 +221,12 @@ class HintClient:
             raise domain_error(error) from error
 
     def _check_peer(self, channel: grpc.Channel) -> None:
-        info = pb_grpc.PredictorStub(channel).GetInfo(pb.PredictorGetInfoRequest(), timeout=INFO_DEADLINE_S)
+        call = pb_grpc.PredictorStub(channel).GetInfo.future(pb.PredictorGetInfoRequest(), timeout=INFO_DEADLINE_S)
+        self._hold(call)
+        try:
+            info = call.result()
+        except grpc.FutureCancelledError as error:
+            raise Unavailable("This client was closed") from error
         check_schema(info.service, f"The predictor at {self.endpoint}")
         spec, model = self._spec, info.model
         if model.fingerprint != spec.fingerprint:
@@ -230,13 +235,19 @@ class HintClient:
                 f"is for {model.name} (fingerprint {model.fingerprint})."
             )
 
+    def _hold(self, call: grpc.Call) -> None:
+        """`close` cancels it, before or after it looks."""
+        self._call = call
+        if self._closing.is_set():
+            call.cancel()
+
     def _follow(self, channel: grpc.Channel) -> None:
         hello = pb.PredictHello(service=self._info, model=encode_spec(self._spec), max_rows=MAX_ROWS)
         session = HintSession(self._spec.num_moe_layers)
         predict: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_PREDICT)
         # No deadline: a session lasts as long as both sides; keepalive notices a dead peer.
         call = predict(self._requests(pb.PredictRequest(hello=hello), session))
-        self._call = call
+        self._hold(call)
         unwelcome = threading.Timer(self._patience.welcome_s, call.cancel)
         unwelcome.start()
         try:
@@ -312,7 +323,7 @@ def _encode_sample(sample: LayerSample) -> pb.Observation:
     """Waits for the copy; hidden states go out as they are, without a detour over float32."""
     message = encode_observation(sample.observation(), Dtype.FLOAT32)
     if sample.hidden is not None:
-        hidden_RD = sample.hidden.wait()
+        hidden_RD = sample.hidden.wait().contiguous()
         data = hidden_RD.view(torch.uint8).numpy().tobytes()
         message.hidden.CopyFrom(encode_raw_tensor(data, hidden_RD.shape, _DTYPES[hidden_RD.dtype]))
     return message

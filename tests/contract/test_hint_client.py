@@ -1,6 +1,7 @@
 """The predictor's client over real sockets: whatever the service does, the engine goes on, and it is counted."""
 
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -186,6 +187,18 @@ def test_a_service_that_never_welcomes_gets_no_observations(endpoint: str, caplo
         assert node.client.traffic == HintTraffic()
     assert [message for message in warnings_in(caplog) if "No welcome came" in message] == warnings_in(caplog)[:1]
     assert len(warnings_in(caplog)) == 1
+
+
+def test_who_listens_and_says_nothing_does_not_hold_the_node_up(endpoint: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(endpoint.removeprefix("unix:"))
+        listener.listen()
+        with node_at(endpoint) as node:
+            connection, _ = listener.accept()
+            with connection:
+                node.run_step()
+                assert node.client.state is PredictorState.AWAY
+                node.client.close()
 
 
 def test_a_service_that_stops_reading_costs_observations_only(endpoint: str) -> None:
