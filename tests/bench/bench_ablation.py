@@ -11,44 +11,49 @@ import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Final
 
 import torch
 
-from compute_node.replay.belady import PhaseHits, Visit, belady
+from compute_node.replay.belady import Visit
 from compute_node.schedule import POLICIES
-from promoe.model_spec import ModelSpec
 from tests.bench.ablation_plot import plot_ablation
 from tests.bench.ablation_table import AblationGroup, Limits, Measured, make_group, print_group
 from tests.bench.ablation_variants import OUR_PREDICTOR, PROMOE_PREDICTOR, variants
 from tests.bench.decode_loop import recorded_routing
 from tests.bench.demo_model import PROMPTS, demo_pack
 from tests.bench.hint_sources import served_by
+from tests.bench.optimum import optimum_of
 from tests.bench.report import RESULTS, Sample, out_argument, write_report
 from tests.bench.side_by_side import ChatFigures, SharedModel, SidePath, shared_model, side_path
 from tests.running_predictor import RunningPredictor
 
 CACHE_RATES: Final = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+FURTHER_CACHE_RATES: Final = (0.25, 0.5, 0.75)
+"""At the links after the first."""
+
 WARM_UP: Final = PROMPTS[-1]
-WARM_UP_TOKENS: Final = 16
+WARM_UP_TOKENS: Final = 12
 ALL_RESIDENT: Final = "all resident"
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. `rounds` and `num_tokens`: of each link's share of all-miss copy to compute time."""
+    """What is measured at one link.
 
+    Attributes:
+        link_share: all-miss copy time divided by all-resident compute time.
+        cache_rates: in this order.
+        rounds, num_tokens: chats of each variant, and tokens of a chat.
+    """
+
+    link_share: float
     cache_rates: tuple[float, ...]
-    rounds: dict[float, int]
-    num_tokens: dict[float, int]
-
-    @property
-    def link_shares(self) -> tuple[float, ...]:
-        """All-miss copy time divided by all-resident compute time."""
-        return tuple(self.rounds)
+    rounds: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -76,31 +81,17 @@ def prompts_of(rounds: int) -> list[str]:
     return [PROMPTS[number % (len(PROMPTS) - 1)] for number in range(rounds)]
 
 
-def make_reference(model: SharedModel, resident: SidePath, rounds: int, num_tokens: int) -> Reference:
+def make_reference(model: SharedModel, resident: SidePath, effort: Effort) -> Reference:
     """Answers the warm-up and every round's chat once."""
     tokens: dict[str, tuple[int, ...]] = {}
     tpots: list[float] = []
     with recorded_routing(model.loaded.experts_modules) as routing:
-        for prompt, length in [(WARM_UP, WARM_UP_TOKENS), *((prompt, num_tokens) for prompt in prompts_of(rounds))]:
+        chats = [(prompt, effort.num_tokens) for prompt in prompts_of(effort.rounds)]
+        for prompt, length in [(WARM_UP, WARM_UP_TOKENS), *chats]:
             run = resident.ask(prompt, length).run
             tokens[prompt] = run.token_ids
             tpots.append(run.tpot_s)
     return Reference(tokens, routing, Sample(tuple(tpots[1:])).median)
-
-
-def optimum_of(routing: list[list[Visit]], spec: ModelSpec, slots_per_layer: int) -> tuple[PhaseHits, PhaseHits]:
-    """Belady with slots shared by all layers, and with equal ones; both begin with the warmed experts."""
-    layers = range(spec.num_moe_layers)
-    per_layer = [belady(routing[layer], slots_per_layer, range(slots_per_layer)) for layer in layers]
-    numbered = [
-        Visit(frozenset(layer * spec.num_experts + expert for expert in visit.experts), visit.is_decode)
-        for step in zip(*routing, strict=True)
-        for layer, visit in enumerate(step)
-    ]
-    resident = [layer * spec.num_experts + expert for layer in layers for expert in range(slots_per_layer)]
-    shared = belady(numbered, slots_per_layer * spec.num_moe_layers, resident)
-    first, *others = per_layer
-    return shared, sum(others, first)
 
 
 @contextmanager
@@ -115,19 +106,17 @@ def open_predictors(pack_dir: Path) -> Iterator[dict[str, str]]:
         yield endpoints
 
 
-def take_turns(
-    paths: dict[str, SidePath], reference: Reference, rounds: int, num_tokens: int
-) -> dict[str, list[ChatFigures]]:
+def take_turns(paths: dict[str, SidePath], reference: Reference, effort: Effort) -> dict[str, list[ChatFigures]]:
     """Rounds over paths: neighbours in time differ in the path only; each round begins with another one."""
     figures: dict[str, list[ChatFigures]] = {name: [] for name in paths}
     for name, path in paths.items():
         reference.check(name, WARM_UP, path.ask(WARM_UP, WARM_UP_TOKENS))
         path.scores.restart()
     names = list(paths)
-    for number, prompt in enumerate(prompts_of(rounds)):
+    for number, prompt in enumerate(prompts_of(effort.rounds)):
         first = number % len(names)
         for name in (*names[first:], *names[:first]):
-            one = paths[name].ask(prompt, num_tokens)
+            one = paths[name].ask(prompt, effort.num_tokens)
             reference.check(name, prompt, one)
             figures[name].append(one)
     return figures
@@ -139,13 +128,11 @@ def measure_group(
     reference: Reference,
     endpoints: dict[str, str],
     effort: Effort,
-    case: tuple[float, float],
+    cache_rate: float,
 ) -> AblationGroup:
-    """One link (as share) and cache rate."""
-    link_share, cache_rate = case
+    """One link and cache rate."""
     slots = round(cache_rate * model.spec.num_experts)
-    link_bytes_per_s = model.all_miss_nbytes / (link_share * reference.tpot_s)
-    rounds, num_tokens = effort.rounds[link_share], effort.num_tokens[link_share]
+    link_bytes_per_s = model.all_miss_nbytes / (effort.link_share * reference.tpot_s)
     with ExitStack() as stack:
         paths = {
             variant.name: stack.enter_context(
@@ -156,16 +143,16 @@ def measure_group(
             )
             for variant in variants()
         }  # fmt: skip
-        figures = take_turns({ALL_RESIDENT: resident, **paths}, reference, rounds, num_tokens)
+        figures = take_turns({ALL_RESIDENT: resident, **paths}, reference, effort)
         measured = {name: Measured(figures[name], path.good_pred()) for name, path in paths.items()}
     optimum, layer_optimum = optimum_of(reference.routing, model.spec, slots)
     limits = Limits(figures[ALL_RESIDENT], optimum, layer_optimum, link_bytes_per_s, model.spec.layout.blob_nbytes)
-    group = make_group(link_share, cache_rate, measured, limits)
+    group = make_group(effort.link_share, cache_rate, measured, limits)
     print_group(group)
     return group
 
 
-def measure(effort: Effort, num_threads: int) -> dict[str, object]:
+def measure(efforts: Sequence[Effort], num_threads: int) -> dict[str, object]:
     """All links and cache rates."""
     torch.set_num_threads(num_threads)
     started_s = perf_counter()
@@ -177,44 +164,40 @@ def measure(effort: Effort, num_threads: int) -> dict[str, object]:
         side_path(model, POLICIES["lru"], model.spec.num_experts, None, None) as resident,
     ):
         resident.ask(WARM_UP, WARM_UP_TOKENS)
-        for link_share in effort.link_shares:
-            rounds, num_tokens = effort.rounds[link_share], effort.num_tokens[link_share]
-            reference = make_reference(model, resident, rounds, num_tokens)
+        for effort in efforts:
+            reference = make_reference(model, resident, effort)
             for cache_rate in effort.cache_rates:
-                case = link_share, cache_rate
-                groups.append(measure_group(model, resident, reference, endpoints, effort, case))
+                groups.append(measure_group(model, resident, reference, endpoints, effort, cache_rate))
     return {
         "num_threads": num_threads,
-        "rounds": {f"{share:g}": rounds for share, rounds in effort.rounds.items()},
-        "num_tokens": {f"{share:g}": tokens for share, tokens in effort.num_tokens.items()},
+        "efforts": [asdict(effort) for effort in efforts],
         "elapsed_s": perf_counter() - started_s,
         "groups": groups,
     }
 
 
-def effort_asked(arguments: Sequence[str] | None = None) -> tuple[Effort, argparse.Namespace]:
+def efforts_asked(arguments: Sequence[str] | None = None) -> tuple[list[Effort], argparse.Namespace]:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", help="cache rates, with commas between", default=",".join(map(str, CACHE_RATES)))
+    parser.add_argument("--rates", help=f"cache rates; default: {CACHE_RATES}, further links {FURTHER_CACHE_RATES}")
     parser.add_argument("--links", help="shares of all-miss copy to compute time", default="2,6")
     parser.add_argument("--rounds", type=int, default=5, help="of the first link; the others get 3 at most")
-    parser.add_argument("--tokens", type=int, default=24, help="of the first link; the others get 12 at most")
+    parser.add_argument("--tokens", type=int, default=16, help="of the first link; the others get 10 at most")
     parser.add_argument("--threads", type=int, default=1)
     out_argument(parser)
     options = parser.parse_args(arguments)
-    shares = [float(share) for share in options.links.split(",")]
-    effort = Effort(
-        tuple(float(rate) for rate in options.rates.split(",")),
-        {share: options.rounds if share == shares[0] else min(3, options.rounds) for share in shares},
-        {share: options.tokens if share == shares[0] else min(12, options.tokens) for share in shares},
-    )
-    return effort, options
+    asked = tuple(float(rate) for rate in options.rates.split(",")) if options.rates else None
+    first, *others = (float(share) for share in options.links.split(","))
+    efforts = [Effort(first, asked or CACHE_RATES, options.rounds, options.tokens)]
+    rounds, num_tokens = min(3, options.rounds), min(10, options.tokens)
+    efforts += [Effort(share, asked or FURTHER_CACHE_RATES, rounds, num_tokens) for share in others]
+    return efforts, options
 
 
 def main() -> None:
     """Prints the tables, writes the JSON and the plot."""
-    effort, options = effort_asked()
-    path = write_report("ablation", measure(effort, options.threads), options.out)
+    efforts, options = efforts_asked()
+    path = write_report("ablation", measure(efforts, options.threads), options.out)
     plot_ablation(path, (options.out or RESULTS / "ablation.json").with_suffix(".png"))
     print(f"\nWritten: {path} and the plot beside it")
 

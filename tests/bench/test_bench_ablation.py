@@ -11,8 +11,9 @@ from compute_node.replay.belady import HitCount, PhaseHits, Visit
 from tests.bench.ablation_plot import plot_ablation
 from tests.bench.ablation_table import AblationGroup, Limits, Measured, make_group, print_group
 from tests.bench.ablation_variants import BASE, OURS, PROMOE, variants
-from tests.bench.bench_ablation import Reference, effort_asked, optimum_of, prompts_of
+from tests.bench.bench_ablation import Effort, Reference, efforts_asked, prompts_of
 from tests.bench.greedy_chat import ChatRun
+from tests.bench.optimum import optimum_of
 from tests.bench.side_by_side import ChatFigures, PhaseFigures
 from tests.promoe.specs import small_spec
 
@@ -109,9 +110,10 @@ def test_another_token_ends_the_run() -> None:
 
 
 def test_further_links_get_less_effort() -> None:
-    effort, options = effort_asked(["--rates", "0.25,0.5", "--links", "2,6", "--rounds", "7", "--tokens", "20"])
-    assert effort.cache_rates == (0.25, 0.5)
-    assert (effort.rounds, effort.num_tokens) == ({2.0: 7, 6.0: 3}, {2.0: 20, 6.0: 12})
-    assert effort.link_shares == (2.0, 6.0)
+    (first, further), options = efforts_asked(["--links", "2,6", "--rounds", "7", "--tokens", "20"])
+    assert first == Effort(2.0, (0.125, 0.25, 0.375, 0.5, 0.75, 1.0), 7, 20)
+    assert further == Effort(6.0, (0.25, 0.5, 0.75), 3, 10)
     assert options.threads == 1
+    (only,), _ = efforts_asked(["--links", "6", "--rates", "0.25,0.5"])
+    assert (only.link_share, only.cache_rates, only.rounds) == (6.0, (0.25, 0.5), 5)
     assert len(set(prompts_of(7))) == 7
