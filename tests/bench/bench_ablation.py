@@ -166,8 +166,10 @@ def measure(efforts: Sequence[Effort], num_threads: int) -> dict[str, object]:
         resident.ask(WARM_UP, WARM_UP_TOKENS)
         for effort in efforts:
             reference = make_reference(model, resident, effort)
-            for cache_rate in effort.cache_rates:
-                groups.append(measure_group(model, resident, reference, endpoints, effort, cache_rate))
+            groups += [
+                measure_group(model, resident, reference, endpoints, effort, cache_rate)
+                for cache_rate in effort.cache_rates
+            ]
     return {
         "num_threads": num_threads,
         "efforts": [asdict(effort) for effort in efforts],
