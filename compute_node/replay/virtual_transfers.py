@@ -177,6 +177,9 @@ class VirtualTransfers:
     def _catch_up(self) -> None:
         """Chooses every chunk whose turn came up to now."""
         now_s = self._clock()
+        if not self.queue:
+            self._decided_s = now_s
+            return
         arrivals_s = self._arrivals_s
         while (choice_s := self._next_choice_s()) <= now_s:
             while arrivals_s and arrivals_s[0] <= choice_s:
