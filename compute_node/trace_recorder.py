@@ -80,6 +80,18 @@ class _RecordedStep:
     samples: dict[tuple[int, ObservedKind], LayerSample] = field(default_factory=dict)
     nbytes: int = 0
 
+    def hidden_by_layer(self, kind: ObservedKind) -> dict[int, Float32Array]:
+        """Hidden states of the layers that were sampled; blocks until they have come. One conversion for all."""
+        copies = {
+            layer: sample.hidden
+            for (layer, of_kind), sample in self.samples.items()
+            if of_kind is kind and sample.hidden is not None
+        }
+        if not copies:
+            return {}
+        hidden_LRD: Float32Array = torch.stack([copy.wait() for copy in copies.values()]).to(torch.float32).numpy()
+        return dict(zip(copies, hidden_LRD, strict=True))
+
 
 class Recording:
     """One trace while it is recorded; made by `TraceRecorder.open`, inside the event loop that reads it.
@@ -205,6 +217,9 @@ class Recording:
 
     def _finish(self, step: _RecordedStep) -> list[list[TraceEvent]]:
         """Batches of the step's events with their hidden states; blocks until those have come."""
+        layer_inputs = step.hidden_by_layer(ObservedKind.LAYER_INPUT)
+        router_inputs = step.hidden_by_layer(ObservedKind.ROUTER_INPUT)
+        rows = next((sample.rows for sample in step.samples.values()), ())  # the same in every layer
         batches: list[list[TraceEvent]] = [[]]
         nbytes = 0
         for event in step.events:
@@ -213,26 +228,17 @@ class Recording:
                 nbytes = 0
             if isinstance(event, LayerEvent):
                 nbytes += step.nbytes // self._num_layers
-                batches[-1].append(self._with_hidden(event, step))
-            else:
-                batches[-1].append(event)
+                if rows:
+                    is_last = event.layer == self._num_layers - 1
+                    event = replace(
+                        event,
+                        rows=rows,
+                        layer_input_RD=layer_inputs.get(event.layer),
+                        router_input_RD=router_inputs.get(event.layer),
+                        last_output_RD=layer_inputs.get(self._num_layers) if is_last else None,
+                    )
+            batches[-1].append(event)
         return batches
-
-    def _with_hidden(self, event: LayerEvent, step: _RecordedStep) -> LayerEvent:
-        layer_input = step.samples.get((event.layer, ObservedKind.LAYER_INPUT))
-        router_input = step.samples.get((event.layer, ObservedKind.ROUTER_INPUT))
-        sample = layer_input or router_input
-        if sample is None:
-            return event
-        is_last = event.layer == self._num_layers - 1
-        last_output = step.samples.get((self._num_layers, ObservedKind.LAYER_INPUT)) if is_last else None
-        return replace(
-            event,
-            rows=sample.rows,
-            layer_input_RD=_hidden_of(layer_input),
-            router_input_RD=_hidden_of(router_input),
-            last_output_RD=_hidden_of(last_output),
-        )
 
 
 class TraceRecorder:
@@ -287,10 +293,3 @@ class TraceRecorder:
         recording.close()
         if self._recording is recording:
             self._recording = None
-
-
-def _hidden_of(sample: LayerSample | None) -> Float32Array | None:
-    if sample is None or sample.hidden is None:
-        return None
-    hidden_RD: Float32Array = sample.hidden.wait().to(torch.float32).numpy()
-    return hidden_RD

@@ -25,7 +25,7 @@ from promoe.trace_events import (
     TraceEvent,
 )
 from promoe.v1 import inference_pb2
-from promoe.wire import decode_expert, encode_expert
+from promoe.wire import decode_expert
 
 _IDS: Final = np.dtype("<u2")
 
@@ -47,10 +47,14 @@ _REASON_OF_WIRE: Final = {number: reason for reason, number in _REASON_TO_WIRE.i
 
 
 def encode_batch(batch: TraceBatch, began_s: float = 0.0) -> inference_pb2.TraceResponse:
-    """To the wire. `began_s`: when the trace began on the events' clock; on the wire times count from there."""
-    return inference_pb2.TraceResponse(
-        events=[encode_event(event, began_s) for event in batch.events], dropped_steps=batch.dropped_steps
-    )
+    """To the wire. `began_s`: when the trace began on the events' clock; on the wire times count from there.
+
+    Messages are filled in place, a third of the cost of putting them together: the node computes meanwhile.
+    """
+    message = inference_pb2.TraceResponse(dropped_steps=batch.dropped_steps)
+    for event in batch.events:
+        _fill_event(message.events.add(), event, began_s)
+    return message
 
 
 def decode_batch(message: inference_pb2.TraceResponse) -> TraceBatch:
@@ -60,21 +64,9 @@ def decode_batch(message: inference_pb2.TraceResponse) -> TraceBatch:
 
 def encode_event(event: TraceEvent, began_s: float = 0.0) -> inference_pb2.TraceEvent:
     """To the wire; see `encode_batch`."""
-    if isinstance(event, LayerEvent):
-        return inference_pb2.TraceEvent(layer=_encode_layer(event, began_s))
-    if isinstance(event, LoadEvent):
-        return inference_pb2.TraceEvent(load=_encode_load(event, began_s))
-    if isinstance(event, HintEvent):
-        return inference_pb2.TraceEvent(hint=_encode_hint_event(event, began_s))
-    start = encode_step_start(StepStart(event.step, event.spans))
-    return inference_pb2.TraceEvent(
-        step=inference_pb2.TraceStep(
-            at_s=event.at_s - began_s,
-            start=start,
-            ended_request_ids=event.ended_request_ids,
-            link_bytes_per_s=event.link_bytes_per_s,
-        )
-    )
+    message = inference_pb2.TraceEvent()
+    _fill_event(message, event, began_s)
+    return message
 
 
 def decode_event(message: inference_pb2.TraceEvent) -> TraceEvent:
@@ -97,28 +89,38 @@ def decode_event(message: inference_pb2.TraceEvent) -> TraceEvent:
     raise ValueError("event is not set; allowed: step, layer, hint, load")
 
 
-def _encode_layer(event: LayerEvent, began_s: float) -> inference_pb2.TraceLayer:
-    message = inference_pb2.TraceLayer(
-        at_s=event.at_s - began_s,
-        end_s=event.end_s - began_s,
-        step=event.step,
-        layer=event.layer,
-        num_tokens=event.topk_ids_TK.shape[0],
-        topk_ids=event.topk_ids_TK.astype(_IDS, copy=False).tobytes(),
-        hits=event.hits,
-        misses=event.misses,
-        late=event.late,
-        stall_s=event.stall_s,
-        rows=event.rows,
-    )
-    for tensor, hidden_RD in (
-        (message.layer_input, event.layer_input_RD),
-        (message.router_input, event.router_input_RD),
-        (message.last_output, event.last_output_RD),
-    ):
-        if hidden_RD is not None:
-            tensor.CopyFrom(encode_tensor(hidden_RD, Dtype.BFLOAT16))
-    return message
+def _fill_event(message: inference_pb2.TraceEvent, event: TraceEvent, began_s: float) -> None:
+    if isinstance(event, LayerEvent):
+        _fill_layer(message.layer, event, began_s)
+    elif isinstance(event, LoadEvent):
+        _fill_load(message.load, event, began_s)
+    elif isinstance(event, HintEvent):
+        _fill_hint(message.hint, event, began_s)
+    else:
+        message.step.at_s = event.at_s - began_s
+        message.step.start.CopyFrom(encode_step_start(StepStart(event.step, event.spans)))
+        message.step.ended_request_ids.extend(event.ended_request_ids)
+        message.step.link_bytes_per_s = event.link_bytes_per_s
+
+
+def _fill_layer(message: inference_pb2.TraceLayer, event: LayerEvent, began_s: float) -> None:
+    message.at_s = event.at_s - began_s
+    message.end_s = event.end_s - began_s
+    message.step = event.step
+    message.layer = event.layer
+    message.num_tokens = event.topk_ids_TK.shape[0]
+    message.topk_ids = event.topk_ids_TK.astype(_IDS, copy=False).tobytes()
+    message.hits.extend(event.hits)
+    message.misses.extend(event.misses)
+    message.late.extend(event.late)
+    message.stall_s = event.stall_s
+    message.rows.extend(event.rows)
+    if event.layer_input_RD is not None:
+        message.layer_input.CopyFrom(encode_tensor(event.layer_input_RD, Dtype.BFLOAT16))
+    if event.router_input_RD is not None:
+        message.router_input.CopyFrom(encode_tensor(event.router_input_RD, Dtype.BFLOAT16))
+    if event.last_output_RD is not None:
+        message.last_output.CopyFrom(encode_tensor(event.last_output_RD, Dtype.BFLOAT16))
 
 
 def _decode_layer(message: inference_pb2.TraceLayer) -> LayerEvent:
@@ -151,17 +153,16 @@ def _decode_layer(message: inference_pb2.TraceLayer) -> LayerEvent:
     )
 
 
-def _encode_load(event: LoadEvent, began_s: float) -> inference_pb2.TraceLoad:
-    return inference_pb2.TraceLoad(
-        at_s=event.at_s - began_s,
-        begin_s=event.begin_s - began_s,
-        end_s=event.end_s - began_s,
-        expert=encode_expert(event.expert),
-        reason=_REASON_TO_WIRE[event.reason],
-        nbytes=event.nbytes,
-        look=event.look,
-        is_paused=event.is_paused,
-    )
+def _fill_load(message: inference_pb2.TraceLoad, event: LoadEvent, began_s: float) -> None:
+    message.at_s = event.at_s - began_s
+    message.begin_s = event.begin_s - began_s
+    message.end_s = event.end_s - began_s
+    expert = message.expert
+    expert.layer, expert.expert = event.expert
+    message.reason = _REASON_TO_WIRE[event.reason]
+    message.nbytes = event.nbytes
+    message.look = event.look
+    message.is_paused = event.is_paused
 
 
 def _decode_load(message: inference_pb2.TraceLoad) -> LoadEvent:
@@ -180,14 +181,13 @@ def _decode_load(message: inference_pb2.TraceLoad) -> LoadEvent:
     )
 
 
-def _encode_hint_event(event: HintEvent, began_s: float) -> inference_pb2.TraceHint:
-    return inference_pb2.TraceHint(
-        at_s=event.at_s - began_s,
-        hint=encode_hint(event.hint),
-        fate=_FATE_TO_WIRE[event.fate],
-        latency_s=event.latency_s,
-        look=event.look,
-    )
+def _fill_hint(message: inference_pb2.TraceHint, event: HintEvent, began_s: float) -> None:
+    message.at_s = event.at_s - began_s
+    message.hint.CopyFrom(encode_hint(event.hint))
+    message.fate = _FATE_TO_WIRE[event.fate]
+    if event.latency_s is not None:
+        message.latency_s = event.latency_s
+    message.look = event.look
 
 
 def _decode_hint_event(message: inference_pb2.TraceHint) -> HintEvent:

@@ -123,6 +123,7 @@ class InferenceServicer(object):
     def Trace(self, request, context):
         """Everything the expert cache is told, from the next step on, for as long as the call lasts: one trace at a time, a
         second is refused with RESOURCE_EXHAUSTED. When the reader is too slow, whole steps are left out and counted.
+        Never retried: a trace with a gap is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,6 +51,7 @@ class InferenceStub:
     Trace: _grpc.UnaryStreamMultiCallable[_inference_pb2.TraceRequest, _inference_pb2.TraceResponse]
     """Everything the expert cache is told, from the next step on, for as long as the call lasts: one trace at a time, a
     second is refused with RESOURCE_EXHAUSTED. When the reader is too slow, whole steps are left out and counted.
+    Never retried: a trace with a gap is none.
     """
 
 @_typing.type_check_only
@@ -76,6 +77,7 @@ class InferenceAsyncStub(InferenceStub):
     Trace: _aio.UnaryStreamMultiCallable[_inference_pb2.TraceRequest, _inference_pb2.TraceResponse]  # type: ignore[assignment]
     """Everything the expert cache is told, from the next step on, for as long as the call lasts: one trace at a time, a
     second is refused with RESOURCE_EXHAUSTED. When the reader is too slow, whole steps are left out and counted.
+    Never retried: a trace with a gap is none.
     """
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
@@ -140,6 +142,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.TraceResponse], _abc.AsyncIterator[_inference_pb2.TraceResponse]]:
         """Everything the expert cache is told, from the next step on, for as long as the call lasts: one trace at a time, a
         second is refused with RESOURCE_EXHAUSTED. When the reader is too slow, whole steps are left out and counted.
+        Never retried: a trace with a gap is none.
         """
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
