@@ -138,6 +138,7 @@ def test_it_is_live_in_a_terminal_until_a_key_or_a_signal(
     first = terminal.read_until(lambda text: "absent" in text)
     assert "\x1b[?1049h" in first, "on the alternate screen"
     assert "L3" in first
+    assert "q ends" in first
     node.stats.running_requests = 77
     terminal.read_until(lambda text: "77 running" in text)
     node.unary_errors = [Unavailable("Draining.")] * 5

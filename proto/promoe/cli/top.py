@@ -1,7 +1,7 @@
 """`promoe top`: the running node in the terminal, live."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -22,6 +22,7 @@ from promoe.errors import DeadlineExceeded, Overloaded, Unavailable
 from promoe.retry import RetryPolicy
 
 _DEADLINE_S: Final = 2.0
+_KEYS: Final = "q ends · m draws the map otherwise: by signs, by colours"
 _ONCE: Final = RetryPolicy(max_attempts=1)
 _NOT_NOW: Final = (Unavailable, Overloaded, DeadlineExceeded)
 
@@ -116,7 +117,7 @@ def _show_live(watch: NodeWatch, flags: TopFlags, console: Console, stop: StopSi
     watch.look()
     with Keyboard() as keyboard, Live(console=console, screen=True, auto_refresh=False) as live:
         while not stop.asked:
-            live.update(TopView(watch.frame(drawings[0])), refresh=True)
+            live.update(TopView(replace(watch.frame(drawings[0]), keys=_KEYS)), refresh=True)
             key = keyboard.wait(flags.interval, stop)
             if key == "q":
                 return

@@ -30,6 +30,7 @@ class TopFrame:
         away_s: for how long it has not answered; None while it does.
         trouble: why it does not.
         drawing: how the map is drawn; None for what suits the terminal.
+        keys: what can be pressed; empty where nobody can.
     """
 
     endpoint: str
@@ -38,6 +39,7 @@ class TopFrame:
     away_s: float | None = None
     trouble: str = ""
     drawing: Drawing | None = None
+    keys: str = ""
 
 
 class TopView:
@@ -70,7 +72,11 @@ def frame_lines(frame: TopFrame, width: int, height: int, is_coloured: bool) -> 
         drawing = frame.drawing or _suitable(sample.cache_map.num_moe_layers, room, is_coloured)
         lines += _body(frame, sample, (width, room), drawing)
         if width >= _body_width():
-            lines = [*lines[: max(0, height - _FOOTER_LINES)], Text(""), legend(sample.cache_map, drawing)]
+            lines = [
+                *lines[: max(0, height - _FOOTER_LINES)],
+                Text(frame.keys, "dim"),
+                legend(sample.cache_map, drawing),
+            ]
     for line in lines:
         line.truncate(width, overflow="ellipsis")
         line.no_wrap = True
