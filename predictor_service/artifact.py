@@ -123,6 +123,14 @@ def quantized(name: str, weight_OI: Float32Array) -> dict[str, np.ndarray]:
     }
 
 
+def compact(tensors: Mapping[str, Float32Array]) -> dict[str, np.ndarray]:
+    """Tensors as an artifact stores them: matrices (`….weight`) in 4 bits, the rest as they are."""
+    stored: dict[str, np.ndarray] = {}
+    for name, values in tensors.items():
+        stored |= quantized(name, values) if name.endswith(".weight") else {name: values}
+    return stored
+
+
 def _dequantized(name: str, stored: Mapping[str, np.ndarray]) -> Float32Array:
     packed, scale = stored[name + _CODES_SUFFIX], stored[name + _SCALE_SUFFIX]
     codes = np.stack([packed & 0xF, packed >> 4], axis=-1).astype(np.float32) - _CODE_OF_ZERO

@@ -62,8 +62,8 @@ def recorded_steps(trace: TraceReader, *, hidden: bool) -> Iterator[RecordedStep
             yield step
 
 
-def observations(step: RecordedStep, version: PredictorVersion) -> Iterator[tuple[int, Observation]]:
-    """Each observation with the index of the layer before whose routing it would have come (L: after the last).
+def observations(step: RecordedStep, version: PredictorVersion) -> Iterator[Observation]:
+    """In the order in which they would have come.
 
     Raises:
         InvalidInput: the trace lacks the hidden states that the version observes.
@@ -73,17 +73,17 @@ def observations(step: RecordedStep, version: PredictorVersion) -> Iterator[tupl
     for event in step.layers:
         routing = LayerRouting(event.layer, event.topk_ids_TK[list(rows)])
         if version.observed is ObservedKind.LAYER_INPUT:
-            yield event.layer, _observation(step, version, event.layer, event.layer_input_RD, rows, routings)
+            yield _observation(step, version, event.layer, event.layer_input_RD, rows, routings)
             routings = []
         if version.wants_routing:
             routings.append(routing)
         if version.observed is not ObservedKind.LAYER_INPUT:
-            yield event.layer, _observation(step, version, event.layer, event.router_input_RD, rows, routings)
+            yield _observation(step, version, event.layer, event.router_input_RD, rows, routings)
             routings = []
     if version.observed is ObservedKind.LAYER_INPUT:
         last_RD = step.layers[-1].last_output_RD
         if last_RD is not None:
-            yield len(step.layers), _observation(step, version, len(step.layers), last_RD, rows, routings)
+            yield _observation(step, version, len(step.layers), last_RD, rows, routings)
 
 
 def _observation(

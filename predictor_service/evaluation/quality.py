@@ -130,7 +130,7 @@ class Evaluation:
                 session.end_requests(step.ended_request_ids)
             session.begin_step(step.start)
             hints: list[Hint] = []
-            for _, observation in observations(step, self._predictor.version):
+            for observation in observations(step, self._predictor.version):
                 begin_s = time.perf_counter()
                 hints.extend(session.observe(observation))
                 if not step.is_prefill:

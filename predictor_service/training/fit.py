@@ -137,12 +137,13 @@ class Fit:
             while epoch < self._settings.epochs and worse < self._settings.patience:
                 num_tokens = self._train_epoch(epoch, num_tokens, progress)
                 measured = self.measure()
-                progress.finish_epoch(epoch, measured)
                 epoch += 1
                 if best is None or measured.loss < best[0].loss:
                     best, worse = (measured, self._state()), 0
                 else:
                     worse += 1
+                # What people were told of is kept, so it is told last.
+                progress.finish_epoch(epoch - 1, measured)
         except KeyboardInterrupt:
             if best is None:
                 raise

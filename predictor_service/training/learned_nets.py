@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from predictor_service.artifact import quantized
 from predictor_service.predictors.request_history import NUM_FEATURES
 from predictor_service.training.token_batch import SignatureMap, TokenBatch
 from predictor_service.training.trainee import Geometry, Scored
+from promoe.hint import Float32Array
 
 SOFT_WIDTH = 0.15
 """How soft the border between chosen and not chosen is, in units of the signature's spread."""
@@ -79,7 +79,7 @@ class LearnedNets(nn.Module):
         valid_LAB = scored.valid_PAB.float()
         return (loss_LABE.mean(dim=3) * valid_LAB).sum() / valid_LAB.sum().clamp(min=1)
 
-    def tensors(self) -> dict[str, np.ndarray]:
+    def tensors(self) -> dict[str, Float32Array]:
         """The artifact's, with the input's normalisation folded into the first matrix."""
         geometry = self.geometry
         with torch.no_grad():
@@ -91,11 +91,11 @@ class LearnedNets(nn.Module):
             in_bias_LO = torch.cat([bias_LH, signature.bias_LE], dim=1)
             out_bias_LAE = self._out_bias_LO.reshape(geometry.num_moe_layers, len(self.lookaheads), -1)
             return {
-                **quantized("in.weight", in_weight_LOD.numpy()),
+                "in.weight": in_weight_LOD.numpy(),
                 "in.bias": in_bias_LO.numpy(),
-                **quantized("out.weight", self._out_weight_LOO.detach().numpy()),
+                "out.weight": self._out_weight_LOO.detach().numpy(),
                 "out.bias": out_bias_LAE.detach().numpy(),
-                **quantized("memory.weight", self._memory_LAFE.detach().numpy()),
+                "memory.weight": self._memory_LAFE.detach().numpy(),
             }
 
     def _soft(self, signature_TBE: torch.Tensor) -> torch.Tensor:

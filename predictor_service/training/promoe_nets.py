@@ -3,14 +3,13 @@
 Shapes: N pairs, L MoE layers, B tokens, D hidden, H hidden units, E experts, T see TokenBatch.
 """
 
-import numpy as np
 import torch
 from torch import nn
 
-from predictor_service.artifact import quantized
 from predictor_service.predictors.promoe import layer_pairs
 from predictor_service.training.token_batch import TokenBatch
 from predictor_service.training.trainee import Geometry, Scored
+from promoe.hint import Float32Array
 
 
 class PromoeNets(nn.Module):
@@ -53,11 +52,11 @@ class PromoeNets(nn.Module):
         valid_NAB = scored.valid_PAB.float()
         return (error_NAB * valid_NAB).sum() / valid_NAB.sum().clamp(min=1)
 
-    def tensors(self) -> dict[str, np.ndarray]:
+    def tensors(self) -> dict[str, Float32Array]:
         """The artifact's."""
         return {
-            **quantized("in.weight", self._in_weight_NHD.detach().numpy()),
+            "in.weight": self._in_weight_NHD.detach().numpy(),
             "in.bias": self._in_bias_NH.detach().numpy(),
-            **quantized("out.weight", self._out_weight_NEH.detach().numpy()),
+            "out.weight": self._out_weight_NEH.detach().numpy(),
             "out.bias": self._out_bias_NE.detach().numpy(),
         }

@@ -26,9 +26,9 @@ OBSERVED_OF_KIND: Final = {learned.KIND: ObservedKind.ROUTER_INPUT, promoe.KIND:
 DEFAULT_LOOKAHEADS: Final = {learned.KIND: (1, 2, 3, 4), promoe.KIND: (2,)}
 DEFAULT_UNITS: Final = {learned.KIND: 384, promoe.KIND: 1024}
 DEFAULT_FIT: Final = {
-    learned.KIND: FitSettings(epochs=12, patience=2, batch_tokens=1024, learning_rate=4e-3, is_annealed=True, seed=0),
+    learned.KIND: FitSettings(epochs=6, patience=2, batch_tokens=1024, learning_rate=4e-3, is_annealed=True, seed=0),
     # The paper's objective and rate; it stops when it gets no better.
-    promoe.KIND: FitSettings(epochs=40, patience=2, batch_tokens=1024, learning_rate=1e-3, is_annealed=False, seed=0),
+    promoe.KIND: FitSettings(epochs=40, patience=2, batch_tokens=256, learning_rate=1e-3, is_annealed=False, seed=0),
 }
 
 

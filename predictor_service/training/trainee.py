@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from predictor_service.training.token_batch import TokenBatch
+from promoe.hint import Float32Array
 
 
 @dataclass(frozen=True)
@@ -41,5 +41,5 @@ class Trainee(Protocol):
     def scored(self, batch: TokenBatch) -> Scored:
         """To measure recall."""
 
-    def tensors(self) -> dict[str, np.ndarray]:
+    def tensors(self) -> dict[str, Float32Array]:
         """The artifact's."""

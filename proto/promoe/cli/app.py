@@ -13,6 +13,7 @@ from promoe.cli.doctor import DoctorFlags, doctor
 from promoe.cli.generate import GenerateFlags, generate
 from promoe.cli.options import takes
 from promoe.cli.pack import PackFlags, pack
+from promoe.cli.predictor import make_predictor_app
 from promoe.cli.status import StatusFlags, status
 from promoe.cli.top import TopFlags, top
 from promoe.cli.trace import make_trace_app
@@ -40,6 +41,7 @@ def make_app() -> typer.Typer:
     app.command()(takes(DemoFlags)(demo))
     app.command()(takes(DoctorFlags)(doctor))
     app.add_typer(make_trace_app())
+    app.add_typer(make_predictor_app())
     return app
 
 
