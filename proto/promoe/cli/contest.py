@@ -8,7 +8,6 @@ from typing import Final
 
 from promoe.cli.pack_cache import PackPlan
 from promoe.cli.run_dir import RunDir
-from promoe.cli.stack import PREDICTOR_GRACE_S
 from promoe.cli.stack_plan import NO_PREDICTOR, plan_stack
 from promoe.cli.stop_signals import StopSignals
 from promoe.cli.supervisor import Service, ServiceCommand
@@ -18,6 +17,9 @@ from promoe.retry import RetryPolicy
 
 _POLL_S: Final = 0.2
 _STOP_DEADLINE_S: Final = 15.0
+_PREDICTOR_GRACE_S: Final = 20.0
+"""More than a stack's: without its hints a contestant would be another one."""
+
 _ONCE: Final = RetryPolicy(max_attempts=1)
 _NOT_NOW: Final = (Unavailable, Overloaded, DeadlineExceeded)
 
@@ -93,7 +95,7 @@ def corners_up(corners: Mapping[Contestant, Corner], stop: StopSignals) -> Itera
 
 def _wait_until_ready(client: Client, services: list[Service], wants_hints: bool, stop: StopSignals) -> bool:
     """False when a signal came. A predictor that does not come in time is done without."""
-    patience_s = time.perf_counter() + PREDICTOR_GRACE_S
+    patience_s = time.perf_counter() + _PREDICTOR_GRACE_S
     while not stop.asked:
         for service in services:
             service.check_alive()
@@ -102,7 +104,7 @@ def _wait_until_ready(client: Client, services: list[Service], wants_hints: bool
             if not wants_hints or client.info().predictor.active is not None or time.perf_counter() > patience_s:
                 return True
         except _NOT_NOW:
-            patience_s = time.perf_counter() + PREDICTOR_GRACE_S
+            patience_s = time.perf_counter() + _PREDICTOR_GRACE_S
         stop.wait(_POLL_S)
     return False
 
