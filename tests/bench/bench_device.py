@@ -14,7 +14,6 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -23,14 +22,17 @@ from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
 from compute_node.cache_stats import CacheMetrics, StepRecorder
-from compute_node.config import ComputeConfig, DeviceChoice
+from compute_node.config import DeviceChoice
 from compute_node.device.choice import choose_device
 from compute_node.device.seam import Device
 from compute_node.expert_path import ExpertPath
+from compute_node.hint_inbox import HintInbox
+from compute_node.layer_observer import LayerObserver
 from compute_node.memory_plan import MemoryPlan
 from compute_node.model_loader import LoadedModel
 from compute_node.moe_forward import EXPERTS_IMPLEMENTATION, register_experts_function
 from compute_node.replay.belady import HitCount, Visit, belady
+from compute_node.schedule import POLICIES
 from compute_node.step_ledger import Phase, StepLedger, TokenSpan
 from tests.bench.decode_loop import Conversation, Timing, decode, recorded_routing, zipf_conversation
 from tests.bench.link_rates import (
@@ -59,13 +61,14 @@ class CountedNode:
         spec = arena.spec
         self.slots = max(1, int(rate * spec.num_experts + 0.5))
         self.ledger = StepLedger()
-        self.device_stall_s = 0.0
+        self.host_wait_s = 0.0
         self._take_compute_stall_s = device.take_compute_stall_s
         self.recorder = StepRecorder(self.ledger, CacheMetrics.register(CollectorRegistry()), self._take_stall_s)
-        config = ComputeConfig(
-            pack=Path(),
-            store_endpoint="",
-            chunk_bytes=link.chunk_nbytes,
+        policy = dataclasses.replace(
+            POLICIES["lru"],
+            early_preemption=True,
+            reorder=True,
+            chunk_nbytes=link.chunk_nbytes,
             max_chunks_in_flight=link.max_chunks_in_flight,
         )
         plan = MemoryPlan(
@@ -78,14 +81,17 @@ class CountedNode:
             dense_nbytes=loaded.dense_nbytes,
             num_layers=spec.num_moe_layers,
         )
-        self.path = ExpertPath.build(spec, config, plan, device, arena.address_of)
-        self.path.install(loaded, spec, self.recorder)
+        self.path = ExpertPath.build(spec, policy, plan, device, arena.address_of, HintInbox())
+        observer = LayerObserver(spec.num_moe_layers, device, ())
+        self.ledger.listeners = (observer.begin_step, self.path.expert_cache.begin_step)
+        self.path.expert_cache.sinks.append(self.recorder)
+        self.path.install(loaded, spec, self.recorder, observer)
 
     def begin(self) -> None:
         """Counts from here, with each layer's first experts in its slots."""
         self.path.expert_cache.warm()
         self.recorder.begin()
-        self.device_stall_s = 0.0
+        self.host_wait_s = 0.0
 
     @contextmanager
     def mark(self, phase: Phase, num_tokens: int) -> Iterator[None]:
@@ -94,11 +100,10 @@ class CountedNode:
         yield
         self.ledger.end_step()
 
-    def _take_stall_s(self) -> float:
-        stall_s = self._take_compute_stall_s()
+    def _take_stall_s(self, host_wait_s: float) -> float:
         if self.ledger.spans and self.ledger.spans[0].phase is Phase.DECODE:
-            self.device_stall_s += stall_s
-        return stall_s
+            self.host_wait_s += host_wait_s
+        return self._take_compute_stall_s(host_wait_s)
 
 
 @dataclass(frozen=True)
@@ -166,8 +171,7 @@ def _figures(
         "hit_rate": decode_counters.hits / (decode_counters.hits + decode_counters.misses),
         "bytes_per_token": decode_counters.demand_nbytes / num_tokens,
         "stall_s_per_token": stall_s / num_tokens,
-        "host_stall_s_per_token": (stall_s - node.device_stall_s) / num_tokens,
-        "device_stall_s_per_token": node.device_stall_s / num_tokens,
+        "host_wait_s_per_token": node.host_wait_s / num_tokens,
         "stall_share": stall_s / sum(cached.values),
         "bytes_per_stall_s": decode_counters.demand_nbytes / stall_s if stall_s else None,
         "belady_hit_rate": optimum.hit_rate,

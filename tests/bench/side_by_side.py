@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compute_node.cache_stats import CacheMetrics, PhaseCounters, StepRecorder
 from compute_node.device.cpu import CpuDevice, NoPinning
+from compute_node.device.seam import Device
 from compute_node.expert_path import ExpertPath
 from compute_node.hint_inbox import HintInbox
 from compute_node.hint_quality import HintScores
@@ -44,17 +45,19 @@ class SharedModel:
 
     Attributes:
         layer_modules: names of the experts modules, by MoE layer.
+        tokenizer: None for a model that knows no text.
         source_address: of an expert's blob in the mapped arena.
     """
 
     loaded: LoadedModel
     spec: ModelSpec
     layer_modules: tuple[str, ...]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     source_address: Callable[[ExpertId], int]
 
     def prompt_ids(self, text: str) -> list[int]:
         """One user turn, ready for the answer."""
+        assert self.tokenizer is not None, "only a model that knows text is asked in words"
         rendered = self.tokenizer.apply_chat_template(chat(text), tokenize=False, add_generation_prompt=True)
         ids: list[int] = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return ids
@@ -137,6 +140,10 @@ class SidePath:
 
     def ask(self, prompt: str, num_tokens: int) -> ChatFigures:
         """One chat, with the model's experts out of this path."""
+        return self.ask_ids(self.model.prompt_ids(prompt), num_tokens)
+
+    def ask_ids(self, prompt_ids: list[int], num_tokens: int) -> ChatFigures:
+        """The same for a prompt in tokens."""
         readings: list[_Reading] = []
 
         def read() -> None:
@@ -144,7 +151,7 @@ class SidePath:
 
         with self._installed():
             read()
-            run = run_chat(self.model.loaded.model, self.ledger, self.model.prompt_ids(prompt), num_tokens, read)
+            run = run_chat(self.model.loaded.model, self.ledger, prompt_ids, num_tokens, read)
             read()
         before, between, after = readings
         return ChatFigures(run, _difference(Phase.PREFILL, before, between), _difference(Phase.DECODE, between, after))
@@ -191,8 +198,17 @@ def side_path(
     link_bytes_per_s: float | None,
     hint_source: HintSource | None,
 ) -> Iterator[SidePath]:
+    """A path on the CPU, over a link of this rate."""
+    with path_on(CpuDevice(link_bytes_per_s), model, policy, slots_per_layer, hint_source) as path:
+        yield path
+
+
+@contextmanager
+def path_on(
+    device: Device, model: SharedModel, policy: SchedulePolicy, slots_per_layer: int, hint_source: HintSource | None
+) -> Iterator[SidePath]:
     """Slots, cache, transfer engine and, where hints are wanted, somebody who makes them."""
-    device, spec, inbox = CpuDevice(link_bytes_per_s), model.spec, HintInbox()
+    spec, inbox = model.spec, HintInbox()
     plan = MemoryPlan(
         slots_per_layer=slots_per_layer, slot_nbytes=spec.layout.blob_stride_nbytes, max_context_tokens=0,
         num_kv_blocks=0, kv_nbytes=0, workspace_nbytes=0, dense_nbytes=0, num_layers=spec.num_moe_layers,

@@ -32,7 +32,7 @@ def test_rows_agree_with_themselves_and_with_the_optimum() -> None:
         assert row["hits"] + row["misses"] == accesses, "each token of each round needs its experts in each layer"
         assert row["bytes_per_token"] == row["misses"] * spec.layout.blob_nbytes / 12
         assert row["floor_tpot_s"] >= row["all_resident_tpot_s"]["median"]
-        assert row["host_stall_s_per_token"] == row["stall_s_per_token"], "on the CPU the host waits"
+        assert row["host_wait_s_per_token"] == row["stall_s_per_token"], "on the CPU the host waits"
         assert f"cache rate {row['cache_rate']}" in row_line(row)
     assert small["hit_rate"] <= small["belady_hit_rate"] < whole["belady_hit_rate"] == 1.0
     offload = measured["accelerate_cpu_offload"]
