@@ -282,11 +282,11 @@ class ExpertCache:
     def blob_retired(self, expert: ExpertId) -> None:
         """Forgets the expert; returns when no copy reads its blob and no slot made from it will be computed with."""
         with self._lock:
-            in_use = self._table.find(*expert)
+            in_use = self._table.find(expert)
             if in_use is not None and in_use.pins:
                 in_use.doomed = True
                 self._lock.wait_for(lambda: in_use.pins == 0)
-            slot = self._table.find(*expert)
+            slot = self._table.find(expert)
             if slot is not None:
                 load = slot.load
                 if load is not None:
@@ -338,7 +338,7 @@ class ExpertCache:
             self._history.hinted(hint.layer, hint.experts, hint.scores)
         elif self.policy.hints is HintUse.TOP:
             head = hint.experts[: hint.num_expected].tolist()
-            self._history.touched(hint.layer, [e for e in head if self._table.find(hint.layer, e) is not None])
+            self._history.touched(hint.layer, [e for e in head if e in self._table.slot_of[hint.layer]])
 
     def _arrive(self, slot: Slot, load: Load) -> None:
         self._table.arrived(slot)

@@ -64,8 +64,9 @@ class ExpertFeed:
         absent: list[int] = []
         pinned: dict[int, Slot] = {}
         ready = self._parts.table.ready(layer)
+        held = self._parts.table.slot_of[layer]
         for expert in needed:
-            slot = self._parts.table.find(layer, expert)
+            slot = held.get(expert)
             if slot is None:
                 absent.append(expert)
                 continue
@@ -149,7 +150,7 @@ class ExpertFeed:
                 self._parts.table.give_back(slot)
                 raise
             self._parts.table.place(slot, load)
-            self._parts.history.loaded(layer, expert, is_needed=True)
+            self._parts.history.loaded(load.expert, is_needed=True)
             self._parts.table.pin(slot)
             acquisition.pinned[expert] = slot
             acquisition.loaded_nbytes += load.nbytes

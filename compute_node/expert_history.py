@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from promoe.hint import Float32Array, IdArray
+from promoe.ids import ExpertId
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -121,13 +122,13 @@ class ExpertHistory:
             self._clock += 1
             self.last_touch_LE[layer, expert] = self._clock
 
-    def loaded(self, layer: int, expert: int, is_needed: bool) -> None:
+    def loaded(self, expert: ExpertId, is_needed: bool) -> None:
         """The expert comes into a slot. What nobody needed yet counts as used now, or it would be the first to go."""
-        self.num_uses_LE[layer, expert] = 1 if is_needed else 0
+        self.num_uses_LE[expert] = 1 if is_needed else 0
         if not is_needed:
             self._clock += 1
-            self.last_use_LE[layer, expert] = self._clock
-            self.last_touch_LE[layer, expert] = self._clock
+            self.last_use_LE[expert] = self._clock
+            self.last_touch_LE[expert] = self._clock
 
     def layers_until_use(self, layers: slice) -> FloatArray:
         """Expected number of layers until each expert of these layers is used, the time that Belady would know.
@@ -141,12 +142,6 @@ class ExpertHistory:
         missed_LE += until_visit_L[:, None]
         expected: FloatArray = missed_LE
         return expected
-
-    def layers_until_use_of(self, layer: int, expert: int) -> float:
-        """The same for one expert."""
-        until_visit = (layer - self.layer - 1) % self.num_layers + 1
-        missed = 1 - float(self.next_probability_LE[layer, expert])
-        return until_visit + self.num_layers * missed * float(self.later_visits_LE[layer, expert])
 
     def to_json(self) -> str:
         """Everything that decides, for a replay."""

@@ -31,6 +31,11 @@ STREAM_LAYERS: Final = 2
 LEAST_PROBABILITY: Final = 0.15
 """Less likely experts are not prefetched, however idle the link is: a chunk of theirs may hold up a demand load."""
 
+LOAD_COST: Final = 0.2
+VICTIM_WEIGHT: Final = 1.25
+"""A prefetch must be likelier than what it evicts by this much: a wrong one costs the link twice, now and when the
+other comes back. Chosen by replaying chats of the demo model (DECISIONS.md)."""
+
 LEAST_STREAMED_PROBABILITY: Final = 0.5
 FEWEST_QUEUED_BLOBS: Final = 2
 
@@ -40,6 +45,7 @@ class Candidate:
     """An expert that may be loaded for a coming visit. The smallest rank is loaded first."""
 
     expert: ExpertId
+    probability: float
     rank: float
     reason: LoadReason
 
@@ -234,7 +240,9 @@ class Prefetcher:
             for expert in np.argsort(-probability_E, kind="stable").tolist():
                 if probability_E[expert] < LEAST_STREAMED_PROBABILITY:
                     break
-                yield Candidate(ExpertId(layer, expert), float(distance), LoadReason.STREAM)
+                yield Candidate(
+                    ExpertId(layer, expert), float(probability_E[expert]), float(distance), LoadReason.STREAM
+                )
 
     def _heads(self) -> Iterator[Candidate]:
         """The heads of the hints, layer by layer."""
@@ -242,7 +250,7 @@ class Prefetcher:
             num = min(visit.num_expected, self._table.geometry.slots_per_layer)
             for place, expert in enumerate(visit.experts[:num]):
                 rank = self._rank(visit.distance, place / self._history.num_experts)
-                yield Candidate(ExpertId(visit.layer, expert), rank, LoadReason.PREFETCH)
+                yield Candidate(ExpertId(visit.layer, expert), visit.scores[place], rank, LoadReason.PREFETCH)
 
     def _affordable(self) -> Iterator[Candidate]:
         """The likeliest experts that the link can carry in time: jobs of one size with deadlines and profits.
@@ -255,15 +263,15 @@ class Prefetcher:
         per_layer = self.link_bytes_per_s * (self.pace.layer_s or 0.0) / self._blob_nbytes
         # A chunk is worth moving even if the rest is late: never less than one expert before each visit.
         room = [max(1, int(until * per_layer)) for until in range(HORIZON_LAYERS + 1)]
-        chosen: list[tuple[float, ExpertId]] = []
+        chosen: list[tuple[float, ExpertId, float]] = []
         for minus_score, distance, expert in wanted:
             if min(room[distance:]) >= 1:
                 for until in range(distance, HORIZON_LAYERS + 1):
                     room[until] -= 1
-                chosen.append((self._rank(distance, 1 + minus_score), expert))
+                chosen.append((self._rank(distance, 1 + minus_score), expert, -minus_score))
         chosen.sort()
-        for rank, expert in chosen:
-            yield Candidate(expert, rank, LoadReason.PREFETCH)
+        for rank, expert, probability in chosen:
+            yield Candidate(expert, probability, rank, LoadReason.PREFETCH)
 
     def _likely(self) -> list[tuple[float, int, ExpertId]]:
         """(- probability, distance, expert) of what is hinted and not there, likeliest first."""
@@ -288,9 +296,9 @@ class Prefetcher:
     def _start(self, candidate: Candidate) -> bool:
         """False when the expert is there already, or no slot is worth less."""
         expert = candidate.expert
-        slot = self._table.find(*expert)
+        slot = self._table.find(expert)
         if slot is None:
-            slot = self._table.take(expert.layer, self._worth_of(expert))
+            slot = self._table.take(expert.layer, self._is_worth(candidate))
             if slot is None:
                 return False
             try:
@@ -299,7 +307,7 @@ class Prefetcher:
                 self._table.give_back(slot)
                 return False
             self._table.place(slot, load)
-            self._history.loaded(expert.layer, expert.expert, is_needed=False)
+            self._history.loaded(expert, is_needed=False)
         elif slot.kept_nbytes is None or slot.pins:
             return False
         assert slot.load is not None, "a LOADING slot has a load"
@@ -313,7 +321,10 @@ class Prefetcher:
         self._table.update(slot)
         return True
 
-    def _worth_of(self, expert: ExpertId) -> float | None:
+    def _is_worth(self, candidate: Candidate) -> Callable[[ExpertId], bool] | None:
+        """Whether a load now is worth the expert that has to go; None: always."""
         if not self._weighs_victims:
             return None
-        return -self._history.layers_until_use_of(*expert)
+        least = candidate.probability - LOAD_COST
+        probability_LE = self._history.next_probability_LE
+        return lambda victim: bool(VICTIM_WEIGHT * probability_LE[victim] < least)

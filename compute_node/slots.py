@@ -119,9 +119,9 @@ class SlotTable:
         self.evictions = Counter[int]()
         self.on_given_up: Callable[[Slot], None] = lambda slot: None
 
-    def find(self, layer: int, expert: int) -> Slot | None:
+    def find(self, expert: ExpertId) -> Slot | None:
         """The slot that holds the expert, or is being loaded with it."""
-        return self.slot_of[layer].get(expert)
+        return self.slot_of[expert.layer].get(expert.expert)
 
     def held(self, layer: int) -> list[Slot]:
         """The layer's slots that are not FREE."""
@@ -131,12 +131,12 @@ class SlotTable:
         """The layer's experts that are READY."""
         return tuple(expert for expert, slot in self.slot_of[layer].items() if slot.state is SlotState.READY)
 
-    def take(self, layer: int, worth: float | None = None) -> Slot | None:
-        """A FREE slot for an expert of this layer, or one that is given up for it; None when there is none.
+    def take(self, layer: int, may_go: Callable[[ExpertId], bool] | None = None) -> Slot | None:
+        """A FREE slot for an expert of this layer, or the one worth least, given up for it; None when there is none.
 
         Args:
             layer: whose expert it is for.
-            worth: of the expert by the eviction's scores: only what is worth less is given up. None: anything.
+            may_go: whether the one worth least may be given up for this; None: it may.
         """
         pool = layer if self._split is SlotSplit.LAYER else 0
         if self._free[pool]:
@@ -144,10 +144,11 @@ class SlotTable:
         layers = slice(layer, layer + 1) if self._split is SlotSplit.LAYER else slice(0, self.geometry.num_layers)
         scores_LE = np.where(self._may_go_LE[layers], self._score(layers), np.inf)
         place = int(scores_LE.argmin())
-        least = float(scores_LE.item(place))
-        if least == np.inf or (worth is not None and least >= worth):
+        if scores_LE.item(place) == np.inf:
             return None
         victim = ExpertId(layers.start + place // self.geometry.num_experts, place % self.geometry.num_experts)
+        if may_go is not None and not may_go(victim):
+            return None
         slot = self.slot_of[victim.layer][victim.expert]
         self.forget(slot)
         self.evictions[victim.layer] += 1
@@ -242,7 +243,7 @@ class SlotTable:
             assert (slot.state is SlotState.LOADING) == (slot.load is not None), "only LOADING slots have a load"
             assert slot.pins == 0 or slot.expert is not None, "only what holds an expert is pinned"
             if slot.expert is not None:
-                assert self.find(*slot.expert) is slot, f"the index finds {slot.expert} in slot {slot.index}"
+                assert self.find(slot.expert) is slot, f"the index finds {slot.expert} in slot {slot.index}"
                 may_go = bool(self._may_go_LE[slot.expert])
                 assert not (may_go and slot.pins), f"slot {slot.index} is pinned and cannot be given up"
                 assert may_go or slot.pins or slot.state is SlotState.LOADING, f"slot {slot.index} can be given up"

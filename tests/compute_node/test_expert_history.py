@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compute_node.expert_history import LEAST_PROBABILITY, ExpertHistory
+from promoe.ids import ExpertId
 
 NUM_LAYERS, NUM_EXPERTS = 3, 8
 
@@ -64,7 +65,6 @@ def test_the_nearer_layer_is_expected_sooner() -> None:
     until_use_LE = known.layers_until_use(slice(0, NUM_LAYERS))
     assert until_use_LE[1, 4] == 1.0
     assert until_use_LE[2, 4] == 2.0
-    assert known.layers_until_use_of(2, 4) == 2.0
 
 
 def test_the_layer_that_was_just_visited_comes_a_whole_step_later() -> None:
@@ -72,18 +72,16 @@ def test_the_layer_that_was_just_visited_comes_a_whole_step_later() -> None:
     known.begin_step(1, 1)
     known.routed(1, [3], None, 1)
     known.hinted(1, np.array([3], np.uint16), np.array([1.0], np.float32))
-    assert known.layers_until_use_of(1, 3) == NUM_LAYERS
+    assert known.layers_until_use(slice(1, 2))[0, 3] == NUM_LAYERS
 
 
-@given(layer=st.integers(0, NUM_LAYERS - 1), expert=st.integers(0, NUM_EXPERTS - 1), routed=routings)
-def test_one_expert_is_estimated_like_all(layer: int, expert: int, routed: list[tuple[int, list[int]]]) -> None:
+@given(layer=st.integers(0, NUM_LAYERS - 1), routed=routings)
+def test_one_layer_is_estimated_like_all(layer: int, routed: list[tuple[int, list[int]]]) -> None:
     known = history()
     for visited, experts in routed:
         known.routed(visited, experts, None, 1)
     everything_LE = known.layers_until_use(slice(0, NUM_LAYERS))
-    assert known.layers_until_use_of(layer, expert) == pytest.approx(everything_LE[layer, expert])
-    row_E = known.layers_until_use(slice(layer, layer + 1))[0]
-    assert row_E == pytest.approx(everything_LE[layer])
+    assert known.layers_until_use(slice(layer, layer + 1))[0] == pytest.approx(everything_LE[layer])
 
 
 def test_a_hint_replaces_the_own_estimate_until_the_layer_is_routed() -> None:
@@ -129,10 +127,10 @@ def test_many_tokens_at_once_teach_as_much_as_one_by_one() -> None:
 def test_what_was_loaded_ahead_is_not_the_first_to_go() -> None:
     known = history()
     known.routed(0, [1, 2], None, 1)
-    known.loaded(0, 5, is_needed=False)
+    known.loaded(ExpertId(0, 5), is_needed=False)
     assert known.last_use_LE[0, 5] > known.last_use_LE[0, [1, 2]].max()
     assert known.num_uses_LE[0, 5] == 0
-    known.loaded(0, 6, is_needed=True)
+    known.loaded(ExpertId(0, 6), is_needed=True)
     assert known.num_uses_LE[0, 6] == 1
 
 

@@ -287,7 +287,7 @@ def test_a_snapshot_makes_a_new_cache_decide_the_same() -> None:
 
 def wait_until_begun(opened: ExpertStack, layer: int, expert: int) -> None:
     """Until a part of it, but not all, was copied."""
-    slot = opened.expert_cache._table.find(layer, expert)
+    slot = opened.expert_cache._table.find(ExpertId(layer, expert))
     assert slot is not None
     assert slot.load is not None
     while slot.load.copied_nbytes == 0:

@@ -14,6 +14,7 @@ from compute_node.prefetch_worth import FEWEST_PREFETCHES, REST_VISITS, Prefetch
 from compute_node.schedule import POLICIES, HintUse, SlotSplit, policy_named
 from promoe.config import Settings, SettingUnfit
 from promoe.hint import Hint
+from promoe.ids import ExpertId
 from promoe.trace_events import HintFate
 
 ALL = slice(0, 2)
@@ -79,7 +80,7 @@ class TestEvictions:
 
     def test_each_keeps_by_its_own_measure(self) -> None:
         history = self.known()
-        history.loaded(0, 0, is_needed=True)
+        history.loaded(ExpertId(0, 0), is_needed=True)
         assert lru(history, ALL)[0].argmax() == 2
         assert lfu(history, ALL)[0].argmax() == 2, "among equals since they were loaded the last used"
         assert static(history, ALL)[0].argmax() == 0
@@ -96,7 +97,7 @@ class TestEvictions:
         changes: list[Callable[[], object]] = [
             lambda: None,
             lambda: history.routed(1, [3], None, 1),
-            lambda: history.loaded(0, 3, is_needed=False),
+            lambda: history.loaded(ExpertId(0, 3), is_needed=False),
             lambda: history.touched(0, [3]),
             lambda: history.hinted(0, np.array([2], np.uint16), np.array([0.9], np.float32)),
             lambda: history.begin_step(4, 2),

@@ -18,7 +18,7 @@ from compute_node.layer_sample import LayerSample, WantedSamples
 from compute_node.trace_recorder import BATCH_NBYTES, MAX_ROWS, QUEUE_NBYTES, Recording, TraceRecorder, TraceWish
 from promoe.errors import Overloaded, Unavailable
 from promoe.hint import ObservedKind, StepSpan, StepStart
-from promoe.trace_events import HintEvent, LayerEvent, StepEvent, TraceEvent
+from promoe.trace_events import HintEvent, LayerEvent, StepEvent, TraceBatch, TraceEvent
 from tests.promoe.traces import MadeUpRun, same_event
 
 RUN = MadeUpRun()
@@ -43,11 +43,15 @@ def running(scenario: Callable[[], Awaitable[_T]]) -> _T:
 async def read(recording: Recording, num_events: int) -> tuple[list[TraceEvent], int]:
     """So many events, and how many steps were left out by then."""
     events: list[TraceEvent] = []
-    async for batch in recording.batches():
+    async for batch in recording.batches(as_it_is):
         events.extend(batch.events)
         if len(events) >= num_events:
             return events, batch.dropped_steps
     raise AssertionError(f"it ended after {len(events)} events")
+
+
+def as_it_is(batch: TraceBatch) -> TraceBatch:
+    return batch
 
 
 def steps_of(events: list[TraceEvent]) -> list[list[TraceEvent]]:
@@ -238,9 +242,27 @@ def test_a_large_step_comes_in_several_batches() -> None:
         traces.record(StepEvent(0, 1, ()))
         for layer in range(RUN.num_layers):
             traces.record(LayerEvent(0, 0, 1, layer, ids_TK, (0,), (), (), 0.0))
-        batches = recording.batches()
+        batches = recording.batches(as_it_is)
         sizes = [len((await anext(batches)).events) for _ in range(RUN.num_layers)]
         assert sizes == [2, 1, 1]
+
+    running(scenario)
+
+
+def test_small_steps_travel_together_and_are_converted_off_the_loop() -> None:
+    async def scenario() -> None:
+        traces = recorder()
+        recording = traces.open(EVENTS_ONLY)
+        for event in RUN.events():
+            traces.record(event)
+        threads: list[int] = []
+
+        def convert(batch: TraceBatch) -> int:
+            threads.append(threading.get_ident())
+            return len(batch.events)
+
+        assert await anext(recording.batches(convert)) == len(list(RUN.events()))
+        assert threads != [threading.get_ident()]
 
     running(scenario)
 
@@ -260,7 +282,7 @@ def test_one_trace_at_a_time_and_it_ends_at_once() -> None:
         traces.close(recording)
         for event in steps[1]:
             traces.record(event)
-        assert [batch async for batch in recording.batches()] == []
+        assert [batch async for batch in recording.batches(as_it_is)] == []
         other = traces.open(EVENTS_ONLY)
         traces.close(recording)  # an old one closes nobody else's
         with pytest.raises(Overloaded):
