@@ -4,7 +4,8 @@ On a device whose streams are lazy every missing order shows up as an expert com
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -13,16 +14,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from compute_node.device.seam import CopyTicket
+from compute_node.device.cpu import CpuDevice
+from compute_node.device.cuda import CudaDevice
+from compute_node.device.seam import CopyTicket, Device
+from compute_node.expert_weights import ExpertWeights
 from compute_node.hint_inbox import ReceivedHint
+from compute_node.moe_forward import EXPERTS_IMPLEMENTATION, MoeForward, install, register_experts_function
 from compute_node.schedule import POLICIES, SchedulePolicy
 from compute_node.step_ledger import Phase, TokenSpan
 from promoe.hint import Hint
 from promoe.ids import ExpertId
 from promoe.model_spec import Dtype, ExpertLayout
-from tests.compute_node.expert_stack import ExpertStack, PlainArena, StackOptions, open_stack
+from tests.compute_node.expert_stack import ExpertStack, PlainArena, StackOptions, arena_of, open_stack
 from tests.compute_node.lazy_device import LazyDevice, LazyLink, LazyStreams, LazyTicket
+from tests.compute_node.test_moe_forward import Flags, experts_module, routed_batch
 
 NUM_LAYERS, NUM_EXPERTS, PER_TOKEN = 3, 6, 2
 LAYOUT = ExpertLayout.of(Dtype.FLOAT32, {"gate_up_proj": (8, 8), "down_proj": (8, 4)})
@@ -199,3 +206,115 @@ def test_the_lazy_device_runs_behind_the_host() -> None:
     assert mark.is_done(), "the copy stream waited for it"
     assert torch.equal(source, target)
     assert link.take_use().nbytes == 8
+
+
+# ---------------------------------------------------------------------- whole layers, on real devices
+
+
+def cuda() -> Device:
+    return CudaDevice()
+
+
+DEVICES = [pytest.param(CpuDevice, id="cpu"), pytest.param(cuda, id="cuda", marks=pytest.mark.gpu)]
+MODULE_LAYERS = 3
+COMPUTE_LAG_CLOCKS = 200_000
+
+
+@contextmanager
+def pinned(device: Device, blobs: PlainArena, is_pinned: bool) -> Iterator[None]:
+    """Within the context copies out of the arena go the direct way, if asked for."""
+    nbytes = MODULE_LAYERS * blobs.num_experts * blobs.layout.blob_stride_nbytes
+    address = blobs.address(ExpertId(0, 0))
+    if is_pinned:
+        device.pinning.register(address, nbytes)
+    try:
+        yield
+    finally:
+        if is_pinned:
+            device.pinning.drain()
+            device.pinning.unregister(address)
+
+
+def layers_on(device: Device) -> list[nn.Module]:
+    """MoE layers of different weights."""
+    modules = [
+        experts_module(Flags(True, False, False, True, False), torch.float32, device.torch_device)
+        for _ in range(MODULE_LAYERS)
+    ]
+    for layer, module in enumerate(modules):
+        for parameter in module.parameters():
+            parameter.mul_(1 + layer / 7)
+    return modules
+
+
+def layer_outputs(
+    modules: list[nn.Module], blobs: PlainArena, steps: list[list[int]], options: StackOptions
+) -> list[torch.Tensor]:
+    """Of every layer of every step, in order.
+
+    Args:
+        steps: per layer, the number of tokens of its batch; they are drawn alike for everybody.
+    """
+    device = options.device
+    outputs: list[torch.Tensor] = []
+    with open_stack(blobs, MODULE_LAYERS, options) as stack:
+        weights = [ExpertWeights(row, blobs.layout) for row in stack.slots_SB]
+        for layer, module in enumerate(modules):
+            install(module, MoeForward(layer, weights, stack.expert_cache, stack.recorder, stack.observer))
+            module.config._experts_implementation = EXPERTS_IMPLEMENTATION  # type: ignore[union-attr]
+        for number, step in enumerate(steps):
+            phase = Phase.DECODE if max(step) == 1 else Phase.PREFILL
+            stack.ledger.begin_step([TokenSpan("r", step[0], phase)])
+            for layer, num_tokens in enumerate(step):
+                hint_anything(stack, layer, number)
+                stack.expert_cache.notice()
+                if device.kind == "cuda":
+                    torch.cuda._sleep(COMPUTE_LAG_CLOCKS)  # compute runs behind the host, copies do not
+                outputs.append(modules[layer](*routed_batch(num_tokens, torch.float32, device.torch_device)))
+            stack.ledger.end_step()
+        device.synchronize()
+    return [output.cpu() for output in outputs]
+
+
+def hint_anything(stack: ExpertStack, layer: int, number: int) -> None:
+    """A hint for the layer after this one, or for the next step's first; often wrong."""
+    step, target = stack.ledger.step, layer + 1
+    ids = np.roll(np.arange(stack.arena.num_experts, dtype=np.uint16), number + layer)[:4]
+    scores = np.array([0.9, 0.8, 0.6, 0.3], np.float32)
+    hint = Hint(step + target // MODULE_LAYERS, target % MODULE_LAYERS, step, layer, ids, scores, 3, "test")
+    stack.hints.put(ReceivedHint(hint, None))
+
+
+@pytest.mark.parametrize("open_device", DEVICES)
+@pytest.mark.parametrize("is_pinned", [True, False], ids=["direct", "ring"])
+@settings(max_examples=6, deadline=None)
+@given(
+    steps=st.lists(st.lists(st.sampled_from([1, 1, 1, 5]), min_size=MODULE_LAYERS, max_size=MODULE_LAYERS), max_size=5),
+    slots=st.integers(1, 5),
+    chunk_nbytes=st.sampled_from([500, 1 << 20]),
+    in_flight=st.integers(1, 4),
+)
+def test_hints_and_policies_change_no_bit_on_any_device(
+    open_device: Callable[[], Device],
+    is_pinned: bool,
+    steps: list[list[int]],
+    slots: int,
+    chunk_nbytes: int,
+    in_flight: int,
+) -> None:
+    device = open_device()
+    modules = layers_on(device)
+    blobs = arena_of(modules)
+    register_experts_function()
+    reactive = replace(POLICIES["lru"], serial=True)
+    with pinned(device, blobs, is_pinned):
+        expected = layer_outputs(modules, blobs, steps, StackOptions(6, policy=reactive, device=device))
+        for policy in LAZY_POLICIES.values():
+            given_chunks = replace(policy, chunk_nbytes=chunk_nbytes, max_chunks_in_flight=in_flight)
+            options = StackOptions(slots, policy=given_chunks, device=device, experts_per_token=3)
+            got = layer_outputs(modules, blobs, steps, options)
+            assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True)), policy.name
+    on_cpu = layers_on(CpuDevice())
+    cpu = layer_outputs(on_cpu, arena_of(on_cpu), steps, StackOptions(6, policy=reactive))
+    for one, other in zip(expected, cpu, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """What a sampler gets of a step is what it asked for: the rows it is told of, as the layers saw them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compute_node.device.cpu import CpuDevice
-from compute_node.device.seam import HostCopy
+from compute_node.device.cuda import CudaDevice
+from compute_node.device.seam import Device, HostCopy
 from compute_node.layer_observer import LayerObserver
 from compute_node.layer_sample import LayerSample, WantedSamples, sampled_rows
 from promoe.hint import ObservedKind, StepSpan, StepStart
@@ -52,23 +54,49 @@ def routing(layer: int, num_tokens: int) -> np.ndarray:
     return np.arange(num_tokens * EXPERTS_PER_TOKEN).reshape(num_tokens, -1) + layer
 
 
-def run_step(observer: LayerObserver, step: int, spans: tuple[StepSpan, ...], padding: int = 0) -> None:
+def run_step(
+    observer: LayerObserver, step: int, spans: tuple[StepSpan, ...], padding: int = 0, device: Device | None = None
+) -> None:
     """As the engine's thread does it; what was shown is overwritten afterwards, as compute may do."""
     observer.begin_step(StepStart(step, spans))
     num_rows = sum(span.num_tokens for span in spans) + padding
+    torch_device = torch.device("cpu") if device is None else device.torch_device
     for layer in range(NUM_LAYERS):
-        hidden_TD = layer_input(step, layer, num_rows)
+        hidden_TD = layer_input(step, layer, num_rows).to(torch_device)
         observer.layer_input(layer, hidden_TD)
         hidden_TD.mul_(-1)
         observer.routed(layer, routing(layer, num_rows), hidden_TD)
         hidden_TD.zero_()
-    output_TD = layer_input(step, NUM_LAYERS, num_rows)
+    output_TD = layer_input(step, NUM_LAYERS, num_rows).to(torch_device)
     observer.last_output(output_TD)
     output_TD.zero_()
 
 
-def observer_of(*samplers: Sampler, device: CpuDevice | None = None) -> LayerObserver:
+def observer_of(*samplers: Sampler, device: Device | None = None) -> LayerObserver:
     return LayerObserver(NUM_LAYERS, device or CpuDevice(), samplers)
+
+
+def cuda() -> Device:
+    return CudaDevice()
+
+
+@pytest.mark.parametrize("open_device", [CpuDevice, pytest.param(cuda, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("max_rows", [1, 4, 4000])
+def test_samples_are_what_was_shown_however_late_they_are_read(
+    open_device: Callable[[], Device], max_rows: int
+) -> None:
+    device = open_device()
+    sampler = Sampler(WantedSamples(max_rows, layer_input=True, router_input=True, routing=False))
+    observer = observer_of(sampler, device=device)
+    spans = (StepSpan("writer", 1, is_prefill=False), StepSpan("reader", 3000, is_prefill=True))
+    for step in range(1, 5):
+        run_step(observer, step, spans if step % 2 else spans[:1], device=device)
+    assert len(sampler.samples) == 4 * (2 * NUM_LAYERS + 1)
+    for sample in sampler.samples:
+        assert sample.hidden is not None
+        sign = 1 if sample.kind is ObservedKind.LAYER_INPUT else -1
+        shown_TD = sign * layer_input(sample.step, sample.layer, sample.num_tokens)
+        assert torch.equal(sample.hidden.wait(), shown_TD[list(sample.rows)])
 
 
 @pytest.mark.parametrize("layer_input_wanted", [False, True])
