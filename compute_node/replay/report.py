@@ -24,6 +24,11 @@ class Replayed:
     limits: Mapping[Phase, PhaseLimits]
 
     @property
+    def time_s(self) -> float:
+        """Of both phases."""
+        return sum(totals.time_s for totals in self.outcome.phases.values())
+
+    @property
     def name(self) -> str:
         """Policy and cache rate; an eviction that is not the policy's own, too."""
         policy = self.settings.policy
@@ -68,7 +73,7 @@ class ReplayReport:
             *(f"link {rate / 1e6:.4g} MB/s" for rate in rates),
         ]
         if self.verification is not None:
-            lines.append(_verdict(self.verification))
+            lines += [_verdict(self.verification), *_time_lines(recorded, self.rows)]
         for phase in Phase:
             if recorded[phase].num_steps:
                 lines += ["", *_phase_table(phase, recorded[phase], self.rows)]
@@ -83,6 +88,15 @@ def _verdict(verification: Verification) -> str:
             f"({verification.num_accesses} accesses) are those of the run."
         )
     return f"Repeated {verification.num_layers} layers; then replay and run part at {verification.parted}"
+
+
+def _time_lines(recorded: Mapping[Phase, PhaseTotals], rows: Sequence[Replayed]) -> list[str]:
+    recorded_s = sum(totals.time_s for totals in recorded.values())
+    return [
+        f"Simulated in {row.time_s:.3f} s what took {recorded_s:.3f} s ({row.time_s / recorded_s - 1:+.1%})."
+        for row in rows
+        if recorded_s
+    ]
 
 
 def _phase_table(phase: Phase, recorded: PhaseTotals, rows: Sequence[Replayed]) -> list[str]:

@@ -83,6 +83,7 @@ def test_people_get_a_table_of_each_phase(trace: Path, capsys: pytest.CaptureFix
     assert main([str(trace)]) == 0
     text = capsys.readouterr().out
     assert "Repeated exactly: hits and misses of all 104 layers" in text
+    assert "Simulated in " in text
     assert "prefill: 2 steps, 10 tokens" in text
     assert "decode: 24 steps, 24 tokens" in text
     assert text.count("as recorded") == text.count("proactive @ 0.375 ") == 2

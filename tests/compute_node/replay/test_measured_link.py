@@ -32,8 +32,14 @@ def test_it_is_measured_on_what_nothing_interrupts() -> None:
         load(5.0, 15.0),  # promoted while it was under way: it may have given way before
         load(11.0, 19.0, LoadReason.PREFETCH),
     )
-    run = run_of(HEADER, load(10.0, 12.0), load(12.0, 16.0, noticed_s=0.75), load(16, 17), *asynchronous_noise)
-    assert measured_link(run) == LinkModel(3000 / 7.0, wake_s=0.25)
+    run = run_of(HEADER, load(10.0, 12.0), load(12.0, 16.0, noticed_s=0.75), *asynchronous_noise)
+    assert measured_link(run) == LinkModel(2000 / 6.0, wake_s=0.5)
+
+
+def test_nobody_wakes_up_who_was_computing() -> None:
+    """An expert takes 2.5 s to compute: after the first load until 14.75 s, after the second until 17.5 s."""
+    run = run_of(HEADER, load(10.0, 12.0), load(12.0, 14.0, noticed_s=1.0), load(14.0, 18.0, noticed_s=0.5))
+    assert measured_link(run).wake_s == pytest.approx((0.25 + 0.5) / 2)
 
 
 @pytest.mark.parametrize("kind", ["emulated", "registered"])
