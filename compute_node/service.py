@@ -1,6 +1,5 @@
 """The Inference service: wire messages in and out, nothing else."""
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -173,9 +172,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         beginning = await recording.beginning()
         info = await self.GetInfo(inference_pb2.InferenceGetInfoRequest(), context)
         yield inference_pb2.TraceResponse(header=_encode_beginning(beginning, info, self._cache_stats()))
-        async for batch in recording.batches():
-            # Hidden states become bfloat16: no work for the event loop.
-            yield await asyncio.to_thread(encode_batch, batch, beginning.began_s)
+        async for response in recording.batches(lambda batch: encode_batch(batch, beginning.began_s)):
+            yield response
 
     def _cache_stats(self) -> node_report.CacheStats:
         return self._reporter.cache_stats(self._admission.num_running, self._admission.num_queued)

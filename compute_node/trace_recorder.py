@@ -11,10 +11,10 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 
@@ -33,8 +33,13 @@ QUEUE_NBYTES: Final = 64 << 20
 BATCH_NBYTES: Final = 1 << 20
 """A batch is closed when it has so much; a step of many tokens becomes several."""
 
+_PAUSE_S: Final = 0.1
+"""Steps that come within it travel together."""
+
 _EVENT_NBYTES: Final = 256
 _RETRY_AFTER_MS: Final = 5000
+
+_Converted = TypeVar("_Converted")
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,26 @@ class _RecordedStep:
     samples: dict[tuple[int, ObservedKind], LayerSample] = field(default_factory=dict)
     nbytes: int = 0
 
-    def hidden_by_layer(self, kind: ObservedKind) -> dict[int, Float32Array]:
-        """Hidden states of the layers that were sampled; blocks until they have come. One conversion for all."""
+    def finished_events(self, num_layers: int) -> Iterator[TraceEvent]:
+        """The events with their hidden states; blocks until those have come."""
+        layer_inputs = self._hidden_by_layer(ObservedKind.LAYER_INPUT)
+        router_inputs = self._hidden_by_layer(ObservedKind.ROUTER_INPUT)
+        rows = next((sample.rows for sample in self.samples.values()), ())  # the same in every layer
+        for event in self.events:
+            if rows and isinstance(event, LayerEvent):
+                is_last = event.layer == num_layers - 1
+                yield replace(
+                    event,
+                    rows=rows,
+                    layer_input_RD=layer_inputs.get(event.layer),
+                    router_input_RD=router_inputs.get(event.layer),
+                    last_output_RD=layer_inputs.get(num_layers) if is_last else None,
+                )
+            else:
+                yield event
+
+    def _hidden_by_layer(self, kind: ObservedKind) -> dict[int, Float32Array]:
+        """One conversion for all layers."""
         copies = {
             layer: sample.hidden
             for (layer, of_kind), sample in self.samples.items()
@@ -197,48 +220,44 @@ class Recording:
             raise Unavailable("The trace was closed before its first step.")
         return self._beginning
 
-    async def batches(self) -> AsyncIterator[TraceBatch]:
-        """Whole steps, each in one batch or more; ends when the recording is closed."""
+    async def batches(self, convert: Callable[[TraceBatch], _Converted]) -> AsyncIterator[_Converted]:
+        """Whole steps, a few together or a large one in parts; ends when the recording is closed.
+
+        Args:
+            convert: what becomes of a batch; called in a worker thread, where waiting for the device is allowed.
+        """
         while not self._is_closed:
             await self._wake.wait()
+            # Python runs one thread at a time: every turn of ours costs the engine's thread one of its own.
+            await asyncio.sleep(_PAUSE_S)
             self._wake.clear()
-            while not self._is_closed and (step := self._take_step()) is not None:
-                # Waiting for the device and turning tensors into arrays is no work for the event loop.
-                for events in await asyncio.to_thread(self._finish, step):
-                    yield TraceBatch(tuple(events), self._dropped_steps)
+            while not self._is_closed and (steps := self._take_steps()):
+                for converted in await asyncio.to_thread(self._convert, steps, convert):
+                    yield converted
 
-    def _take_step(self) -> _RecordedStep | None:
+    def _take_steps(self) -> list[_RecordedStep]:
+        """As many as make a batch, at least one where there is one."""
+        steps: list[_RecordedStep] = []
+        nbytes = 0
         with self._lock:
-            if not self._queue:
-                return None
-            step = self._queue.popleft()
-            self._queued_nbytes -= step.nbytes
-            return step
+            while self._queue and nbytes < BATCH_NBYTES:
+                steps.append(self._queue.popleft())
+                nbytes += steps[-1].nbytes
+            self._queued_nbytes -= nbytes
+        return steps
 
-    def _finish(self, step: _RecordedStep) -> list[list[TraceEvent]]:
-        """Batches of the step's events with their hidden states; blocks until those have come."""
-        layer_inputs = step.hidden_by_layer(ObservedKind.LAYER_INPUT)
-        router_inputs = step.hidden_by_layer(ObservedKind.ROUTER_INPUT)
-        rows = next((sample.rows for sample in step.samples.values()), ())  # the same in every layer
+    def _convert(self, steps: list[_RecordedStep], convert: Callable[[TraceBatch], _Converted]) -> list[_Converted]:
         batches: list[list[TraceEvent]] = [[]]
         nbytes = 0
-        for event in step.events:
-            if nbytes >= BATCH_NBYTES:
-                batches.append([])
-                nbytes = 0
-            if isinstance(event, LayerEvent):
-                nbytes += step.nbytes // self._num_layers
-                if rows:
-                    is_last = event.layer == self._num_layers - 1
-                    event = replace(
-                        event,
-                        rows=rows,
-                        layer_input_RD=layer_inputs.get(event.layer),
-                        router_input_RD=router_inputs.get(event.layer),
-                        last_output_RD=layer_inputs.get(self._num_layers) if is_last else None,
-                    )
-            batches[-1].append(event)
-        return batches
+        for step in steps:
+            for event in step.finished_events(self._num_layers):
+                if nbytes >= BATCH_NBYTES:
+                    batches.append([])
+                    nbytes = 0
+                if isinstance(event, LayerEvent):
+                    nbytes += step.nbytes // self._num_layers
+                batches[-1].append(event)
+        return [convert(TraceBatch(tuple(events), self._dropped_steps)) for events in batches]
 
 
 class TraceRecorder:
