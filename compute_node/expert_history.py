@@ -156,6 +156,11 @@ class ExpertHistory:
             ValueError: it is not the history of such a model.
         """
         document = json.loads(text)
+        lacking = {*_ARRAYS, "layer", "clock", "num_next_rows"} - set(document)
+        if lacking:
+            raise ValueError(
+                f"the history was kept by another version of promoe: it lacks {', '.join(sorted(lacking))}"
+            )
         for name in _ARRAYS:
             array = np.asarray(document[name], dtype=getattr(self, name).dtype)
             if array.shape != getattr(self, name).shape:

@@ -171,3 +171,8 @@ def test_a_history_survives_its_json(routed: list[tuple[int, list[int]]]) -> Non
 def test_the_history_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
         ExpertHistory(2, 4, 1).load_json(history().to_json())
+
+
+def test_the_history_of_another_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="another version of promoe: it lacks clock"):
+        history().load_json('{"clock_ticks": 3}')
