@@ -174,5 +174,5 @@ def test_the_history_of_another_model_is_refused() -> None:
 
 
 def test_the_history_of_another_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="another version of promoe: it lacks clock"):
+    with pytest.raises(ValueError, match="another version of promoe: it lacks"):
         history().load_json('{"clock_ticks": 3}')
