@@ -1,10 +1,18 @@
 """Everything that needs a GPU, in one command for a machine that is borrowed for minutes:
 
     python -m tests.bench.gpu_session --out DIR [--then NAME=COMMAND …]
+    python -m tests.bench.gpu_session --out DIR --only bench_device
 
-Steps run one after the other, each in processes of its own with a time limit of its own; each writes DIR/NAME.txt as it
-goes, and a step that fails keeps none of the others from running. DIR/session.json says how each one ended. The package
-need not be installed: a borrowed machine has torch and Transformers, and this working tree.
+The first call is over within ten minutes: the machine's facts, the tests marked `gpu`, the ablation on a full-size
+model, and what is appended with `--then` (checks of the arena and the driver, say); the second one is the sweep over
+cache rates. Steps run one after the other, each in processes of its own with a time limit of its own; each writes
+DIR/NAME.txt as it goes, and a step that fails keeps none of the others from running. DIR/session.json says how each one
+ended.
+
+The package need not be installed: a borrowed machine has torch, Transformers and numpy, and this working tree. What it
+lacks beside them (the first step says) is brought along as wheels: WHEELS and what they depend on. Neither pyarrow nor
+matplotlib is needed. Where the tree comes without its history, PROMOE_COMMIT names the commit. Where somebody else's
+package is called `tests`, empty `__init__.py` files in `tests` and its folders keep ours in front.
 """
 
 import argparse
@@ -25,14 +33,23 @@ from typing import Final
 from tests.bench.report import environment
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-EXTRA_LIMIT_S: Final = 150.0
+EXTRA_LIMIT_S: Final = 90.0
+ONE_CALL: Final = ("facts", "gpu_tests", "gpu_ablation")
+"""What is run unless `--only` says otherwise; with one further step it takes less than ten minutes."""
+
 GPU_MARK: Final = "pytest.mark." + "gpu"
 KILL_AFTER_S: Final = 10.0
 MODULES: Final = (
     *("torch", "transformers", "accelerate", "safetensors", "numpy", "psutil", "xxhash", "prometheus_client", "grpc"),
     *("grpc_health", "grpc_reflection", "google.protobuf", "gguf", "jinja2", "pytest", "pytest_timeout", "hypothesis"),
-    *("cuda.bindings.driver", "promoe", "compute_node.node", "expert_store.store"),
+    *("cuda.bindings.driver", "promoe", "compute_node.node", "expert_store.store", "predictor_service.predictor"),
+    *("promoe.cli.trace_picture", "tests.bench.bench_gpu_ablation"),
 )
+WHEELS: Final = (
+    *("grpcio", "grpcio-health-checking", "grpcio-reflection", "protobuf", "xxhash", "prometheus_client", "psutil"),
+    *("gguf", "accelerate", "pytest", "pytest-timeout", "hypothesis", "typer", "rich"),
+)
+"""Distributions of the lock that a machine with torch and Transformers may lack."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +82,20 @@ class Outcome:
         return f"{self.name}: {ending} after {self.wall_s:.0f} s"
 
 
-def planned_steps(out: Path, extra: Sequence[str], bench_arguments: Sequence[str], scale: float) -> list[Step]:
+def planned_steps(
+    out: Path, extra: Sequence[str], ablation_arguments: Sequence[str], bench_arguments: Sequence[str], scale: float
+) -> list[Step]:
     """In the order of what would be missed most; `scale` stretches the limits."""
     # Only files that have such tests: others import what a borrowed machine may lack.
     files = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/**/test_*.py") if GPU_MARK in p.read_text())
     # Warnings are shown, not raised: that machine's packages are not those of the lock.
     tests = ("-m", "pytest", "-m", "gpu", "-q", "-rA", "-W", "default", "-p", "no:cacheprovider", *files)
+    ablation = ("-m", "tests.bench.bench_gpu_ablation", "--out", str(out / "gpu_ablation.json"))
     bench = ("-m", "tests.bench.bench_device", "--out", str(out / "device.json"), *bench_arguments)
     steps = [
-        Step("facts", (sys.executable, "-m", "tests.bench.gpu_session", "--facts"), 50 * scale),
-        Step("gpu_tests", (sys.executable, *tests), 180 * scale),
+        Step("facts", (sys.executable, "-m", "tests.bench.gpu_session", "--facts"), 40 * scale),
+        Step("gpu_tests", (sys.executable, *tests), 150 * scale),
+        Step("gpu_ablation", (sys.executable, *ablation, *ablation_arguments), 300 * scale),
         Step("bench_device", (sys.executable, *bench), 330 * scale),
     ]
     for entry in extra:
@@ -136,7 +157,7 @@ def print_facts() -> int:
         except ImportError as error:
             missing += 1
             print(f"missing: {name}: {error}", flush=True)
-    print(f"{missing} modules missing", flush=True)
+    print(f"{missing} modules missing; what can be brought along: {', '.join(WHEELS)}", flush=True)
     print(json.dumps(environment(), indent=1))
     return 1 if missing else 0
 
@@ -149,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these steps alone")
     parser.add_argument("--scale", type=float, default=1.0, help="stretches every time limit")
     parser.add_argument("--facts", action="store_true", help="the first step, in this process")
+    parser.add_argument("--ablation", default="", help="arguments of bench_gpu_ablation, in one string")
     parser.add_argument("--bench", default="", help="arguments of bench_device, in one string")
     options = parser.parse_args(arguments)
     if options.facts:
@@ -157,12 +179,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--out is needed")
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    steps = planned_steps(out, options.then, options.bench.split(), options.scale)
+    steps = planned_steps(out, options.then, options.ablation.split(), options.bench.split(), options.scale)
+    wanted = options.only or (*ONE_CALL, *(entry.partition("=")[0] for entry in options.then))
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as site:
         variables = step_environment(Path(site))
         for step in steps:
-            if options.only and step.name not in options.only:
+            if step.name not in wanted:
                 continue
             outcomes.append(run_step(step, out, variables))
             print(outcomes[-1], flush=True)

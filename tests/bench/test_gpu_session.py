@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.gpu_session import Step, main, planned_steps, run_step, step_environment
+from tests.bench.gpu_session import KILL_AFTER_S, ONE_CALL, Step, main, planned_steps, run_step, step_environment
 from tests.bench.report import environment, package_version
 
 
@@ -42,14 +42,17 @@ def test_a_step_knows_the_package_without_an_installation(tmp_path: Path) -> Non
 
 
 def test_steps_are_planned_within_a_borrowed_call_and_extra_ones_are_named() -> None:
-    steps = planned_steps(Path("/out"), ["verify_t1=true"], ["--rounds", "2"], 1.0)
-    assert [step.name for step in steps] == ["facts", "gpu_tests", "bench_device", "verify_t1"]
-    assert sum(step.limit_s for step in steps[:3]) <= 560
+    steps = planned_steps(Path("/out"), ["verify_t1=true"], ["--rounds", "3"], ["--rounds", "2"], 1.0)
+    assert [step.name for step in steps] == ["facts", "gpu_tests", "gpu_ablation", "bench_device", "verify_t1"]
+    one_call = [step for step in steps if step.name in {*ONE_CALL, "verify_t1"}]
+    assert sum(step.limit_s for step in one_call) + KILL_AFTER_S <= 595, "also when the last step has to be ended"
     assert "tests/compute_node/test_moe_forward.py" in steps[1].command, "parity over the flag combinations"
     assert "tests/bench/test_gpu_session.py" not in steps[1].command
-    assert steps[2].command[-2:] == ("--rounds", "2")
+    assert "tests/compute_node/test_expert_path.py" in steps[1].command, "policies with hints"
+    assert steps[2].command[-2:] == ("--rounds", "3")
+    assert steps[3].command[-2:] == ("--rounds", "2")
     with pytest.raises(ValueError, match="expected NAME=COMMAND"):
-        planned_steps(Path("/out"), ["no command"], [], 1.0)
+        planned_steps(Path("/out"), ["no command"], [], [], 1.0)
 
 
 def test_a_report_names_its_commit_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
