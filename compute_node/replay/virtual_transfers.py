@@ -42,6 +42,8 @@ class VirtualClock:
 
     def advance_to(self, at_s: float) -> None:
         """Not earlier than `at_s`."""
+        if at_s <= self._now_s and not self._plans:
+            return
         while self._plans and self._plans[0][0] <= at_s:
             planned_s, _, action = heapq.heappop(self._plans)
             self._pass_to(planned_s)
@@ -170,9 +172,10 @@ class VirtualTransfers:
 
     def _next_choice_s(self) -> float:
         """When the link will have room for one more chunk."""
-        if len(self._arrivals_s) < self._max_in_flight:
-            return self._decided_s
-        return max(self._decided_s, self._arrivals_s[0])
+        arrivals_s, decided_s = self._arrivals_s, self._decided_s
+        if len(arrivals_s) < self._max_in_flight or arrivals_s[0] <= decided_s:
+            return decided_s
+        return arrivals_s[0]
 
     def _catch_up(self) -> None:
         """Chooses every chunk whose turn came up to now."""
