@@ -28,7 +28,14 @@ from compute_node.moe_forward import register_experts_function
 from compute_node.schedule import POLICIES, HintUse, SchedulePolicy
 from tests.bench.bench_device import SIZE_FLAGS, fastest_resident, say, shape_of
 from tests.bench.decode_loop import Conversation, zipf_conversation
-from tests.bench.link_rates import BurstRow, burst_rows, gentlest_within, peak_bytes_per_s, registered_bytes_per_s
+from tests.bench.link_rates import (
+    BurstRow,
+    LinkSettings,
+    burst_rows,
+    gentlest_within,
+    peak_bytes_per_s,
+    registered_bytes_per_s,
+)
 from tests.bench.noisy_oracle import FIRST_LAYERS_RECALL, RECALLS, NoisyOracle, hinted_by
 from tests.bench.policy_turns import PolicyTurns, Talk
 from tests.bench.random_moe import SHAPES, MoeShape, RandomArena, build_model, open_arena
@@ -69,8 +76,8 @@ class Effort:
     hint_latency_s: float
 
 
-def gpu_policies(burst_chunk_nbytes: int) -> dict[str, SchedulePolicy]:
-    """By name; those that take hints get the same ones."""
+def gpu_policies(burst: LinkSettings) -> dict[str, SchedulePolicy]:
+    """By name; those that take hints get the same ones. The last one's chunks are those of the best bursts."""
     lru, ours = POLICIES["lru"], POLICIES["proactive"]
     overlapped = dataclasses.replace(
         lru, early_preemption=True, reorder=True, chunks_per_expert=ours.chunks_per_expert,
@@ -83,7 +90,10 @@ def gpu_policies(burst_chunk_nbytes: int) -> dict[str, SchedulePolicy]:
         "promoe, no hints": dataclasses.replace(ours, hints=HintUse.IGNORE),
         "promoe": ours,
     }
-    return policies | {"promoe, burst's chunks": dataclasses.replace(ours, chunk_nbytes=burst_chunk_nbytes)}
+    burst_chunks = dataclasses.replace(
+        ours, chunk_nbytes=burst.chunk_nbytes, max_chunks_in_flight=burst.max_chunks_in_flight
+    )
+    return policies | {"promoe, burst's chunks": burst_chunks}
 
 
 def made_conversations(shape: MoeShape, law: RoutingLaw, effort: Effort) -> tuple[RoutedConversation, ...]:
@@ -106,12 +116,12 @@ def geometry_of(shape: MoeShape) -> RoutingGeometry:
 
 @dataclass(frozen=True)
 class LinkReport:
-    """What the link can do. `chunk_nbytes`: with the fewest bytes in flight that reach nearly the best burst."""
+    """What the link can do. `gentlest`: with the fewest bytes in flight that reach nearly the best burst."""
 
     peak: Sample
     registered: Sample
     bursts: list[BurstRow]
-    chunk_nbytes: int
+    gentlest: LinkSettings
     register_bytes_per_s: float
 
     @classmethod
@@ -123,8 +133,7 @@ class LinkReport:
             burst_rows(device, arena),
         )
         nbytes = arena.spec.num_blobs * arena.spec.layout.blob_stride_nbytes
-        chunk_nbytes = gentlest_within(bursts, BURST_SHARE).chunk_nbytes
-        return cls(peak, registered, bursts, chunk_nbytes, nbytes / arena.register_s)
+        return cls(peak, registered, bursts, gentlest_within(bursts, BURST_SHARE), nbytes / arena.register_s)
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -133,7 +142,7 @@ class LinkReport:
             "registered_link_bytes_per_s": self.registered.as_dict(),
             "register_bytes_per_s": self.register_bytes_per_s,
             "bursts": [row.as_dict() for row in self.bursts],
-            "burst_chunk_bytes": self.chunk_nbytes,
+            "gentlest": dataclasses.asdict(self.gentlest),
         }
 
 
@@ -155,7 +164,7 @@ def measure(shape: MoeShape, device: Device, effort: Effort, timeline_folder: Pa
         with open_arena(loaded, spec, device) as arena:
             link = LinkReport.of(device, arena)
             tell(f"link: {link.peak.median / 1e9:.2f} GB/s pinned, {link.registered.median / 1e9:.2f} GB/s registered")
-            policies = gpu_policies(link.chunk_nbytes)
+            policies = gpu_policies(link.gentlest)
             turns = PolicyTurns(
                 device=device,
                 model=SharedModel(loaded, spec, layer_modules, None, arena.address_of),
