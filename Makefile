@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := $(wildcard proto/promoe compute_node expert_store predictor_service deploy tests)
 PROTOS := $(wildcard proto/promoe/v1/*.proto)
 GENERATED := .cache/generated
-BENCHES := bench-overhead bench-sweep bench-ablation bench-split bench-trace bench-device bench-pack bench-store
+BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-split bench-trace bench-device bench-pack bench-store
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check style types schema architecture bench $(BENCHES) proto clean

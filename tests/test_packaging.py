@@ -24,7 +24,7 @@ LOCKED: Final = {canonicalize_name(name): version for name, _, version in (line.
 LOWEST_SUPPORTED: Final = ("grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-tools")
 MAKE_TARGETS: Final = (
     *("demo", "test", "check", "bench"),
-    *("bench-overhead", "bench-sweep", "bench-device", "bench-pack", "bench-store"),
+    *("bench-overhead", "bench-sweep", "bench-predictors", "bench-device", "bench-pack", "bench-store"),
 )
 
 

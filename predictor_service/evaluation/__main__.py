@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from predictor_service.evaluation.quality import Evaluation, PredictorQuality
+from predictor_service.evaluation.quality import Evaluation, PredictorQuality, play
 from predictor_service.plugins import installed_predictors, make_predictor
 from predictor_service.predictor import PredictorSource
 from promoe.config import SettingUnfit
@@ -56,19 +56,17 @@ def _evaluate(paths: list[Path], names: list[str] | None, source: PredictorSourc
                 f"{reader.path} is of {reader.header.model.name} (fingerprint {reader.header.model.fingerprint}), the "
                 f"pack of {source.spec.name} (fingerprint {source.spec.fingerprint})."
             )
-    qualities: list[PredictorQuality] = []
+    evaluations: list[Evaluation] = []
     for name in names or [name for name in installed_predictors() if name not in ("none", "oracle")]:
         try:
-            evaluation = Evaluation(make_predictor(name, source))
+            evaluations.append(Evaluation(make_predictor(name, source)))
         except (ModelNotFound, ModelUnsupported, SettingUnfit) as reason:
             if names:
                 raise
             sys.stderr.write(f"Not {name}: {reason}\n")
-            continue
-        for reader in readers:
-            evaluation.play(reader)
-        qualities.append(evaluation.quality())
-    return qualities
+    for reader in readers:
+        play(reader, evaluations)
+    return [evaluation.quality() for evaluation in evaluations]
 
 
 def _table(qualities: list[PredictorQuality]) -> Table:

@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from predictor_service.predictor import Predictor
+from predictor_service.predictor import Predictor, PredictorSession
 from predictor_service.trace_playback import RecordedStep, observations, recorded_steps
 from promoe.hint import Hint, IdArray, ObservedKind
 from promoe.trace_file import TraceReader
@@ -58,6 +58,19 @@ class PredictorQuality:
     observations: int
     median_observe_s: float
     p99_observe_s: float
+
+
+def play(trace: TraceReader, evaluations: Sequence["Evaluation"]) -> None:
+    """Plays a trace from its beginning to all of them, reading it once.
+
+    Raises:
+        InvalidInput: it lacks hidden states that one of them observes.
+    """
+    for evaluation in evaluations:
+        evaluation.begin()
+    for step in recorded_steps(trace, hidden=any(evaluation.wants_hidden for evaluation in evaluations)):
+        for evaluation in evaluations:
+            evaluation.add_step(step)
 
 
 class _Tally:
@@ -115,29 +128,37 @@ class Evaluation:
         self._tallies: dict[tuple[bool, int], _Tally] = {}
         self._observe_s: list[float] = []
         self._observations = 0
+        self._session: PredictorSession = predictor.open_session()
+        self._pending: list[Hint] = []
 
-    def play(self, trace: TraceReader) -> None:
-        """One trace from its beginning, in a session of its own.
+    def begin(self) -> None:
+        """A trace begins: a session of its own."""
+        self._session = self._predictor.open_session()
+        self._pending = []
+
+    def add_step(self, step: RecordedStep) -> None:
+        """Its next step, with the hidden states that the predictor observes.
 
         Raises:
-            InvalidInput: it lacks the hidden states that the predictor observes.
+            InvalidInput: it lacks them.
         """
-        session = self._predictor.open_session()
-        wants_hidden = self._predictor.version.observed is not ObservedKind.NONE
-        pending: list[Hint] = []
-        for step in recorded_steps(trace, hidden=wants_hidden):
-            if step.ended_request_ids:
-                session.end_requests(step.ended_request_ids)
-            session.begin_step(step.start)
-            hints: list[Hint] = []
-            for observation in observations(step, self._predictor.version):
-                begin_s = time.perf_counter()
-                hints.extend(session.observe(observation))
-                if not step.is_prefill:
-                    self._observe_s.append(time.perf_counter() - begin_s)
-                self._observations += 1
-            self._measure(step, [*pending, *hints])
-            pending = [hint for hint in hints if hint.step > step.start.step]
+        if step.ended_request_ids:
+            self._session.end_requests(step.ended_request_ids)
+        self._session.begin_step(step.start)
+        hints: list[Hint] = []
+        for observation in observations(step, self._predictor.version):
+            begin_s = time.perf_counter()
+            hints.extend(self._session.observe(observation))
+            if not step.is_prefill:
+                self._observe_s.append(time.perf_counter() - begin_s)
+            self._observations += 1
+        self._measure(step, [*self._pending, *hints])
+        self._pending = [hint for hint in hints if hint.step > step.start.step]
+
+    @property
+    def wants_hidden(self) -> bool:
+        """The predictor observes hidden states."""
+        return self._predictor.version.observed is not ObservedKind.NONE
 
     def quality(self) -> PredictorQuality:
         """Of everything played."""

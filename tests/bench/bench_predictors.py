@@ -9,15 +9,15 @@ Goal: recall@k at lookahead 2 above 0.85.
 import argparse
 import os
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
 # Before numpy is imported, as the service has it: one thread.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
 
-from predictor_service.evaluation.quality import Evaluation, PredictorQuality
+from predictor_service.evaluation.quality import Evaluation, play
 from predictor_service.packaged import packaged_artifact
 from predictor_service.plugins import make_predictor
 from predictor_service.predictor import PredictorSource
@@ -36,53 +36,68 @@ LOOKAHEADS: Final = (1, 2, 3, 4)
 PREDICTORS: Final = ("none", "frequency", "transition", "gate_ahead", "promoe", "learned")
 
 
+@dataclass(frozen=True)
+class Contestant:
+    """One predictor at one lookahead, or (`lookahead` None) at all that it serves: what that costs."""
+
+    name: str
+    lookahead: int | None
+    evaluation: Evaluation
+
+
 def measure(trace: TraceReader, source: PredictorSource) -> dict[str, object]:
-    """Every predictor at every lookahead that it has."""
+    """Every predictor at every lookahead that it has; all see each step one after the other."""
+    contestants = [contestant for name in PREDICTORS for contestant in _contestants(name, source)]
+    play(trace, [contestant.evaluation for contestant in contestants])
     measured: dict[str, object] = {}
     for name in PREDICTORS:
-        qualities = list(_qualities(name, trace, source))
-        artifact = packaged_artifact(source.spec.fingerprint, name)
-        rows = [asdict(row) for quality in qualities for row in quality.lookaheads if not row.is_next_step]
-        measured[name] = {
-            "version": qualities[0].version,
-            "rows": rows,
-            "next_step_rows": [asdict(row) for quality in qualities for row in quality.lookaheads if row.is_next_step],
-            "artifact_bytes": None if artifact is None else artifact.stat().st_size,
-            "all_lookaheads_median_s": _cost(name, trace, source),
-            "median_observe_s": [quality.median_observe_s for quality in qualities],
-            "p99_observe_s": [quality.p99_observe_s for quality in qualities],
-        }
-        print(_line(name, rows, measured[name]))
+        entry = _entry(name, [each for each in contestants if each.name == name], source)
+        measured[name] = entry
+        print(_line(name, entry))
     return measured
 
 
-def _qualities(name: str, trace: TraceReader, source: PredictorSource) -> Iterator[PredictorQuality]:
-    for lookahead in LOOKAHEADS:
+def _contestants(name: str, source: PredictorSource) -> Iterator[Contestant]:
+    for lookahead in (None, *LOOKAHEADS):
         try:
             predictor = make_predictor(name, replace(source, lookahead=lookahead))
         except SettingUnfit:
             continue  # it was not trained for this one
-        evaluation = Evaluation(predictor)
-        evaluation.play(trace)
-        quality = evaluation.quality()
-        # What promoe's last output predicts is at other lookaheads.
-        asked = tuple(row for row in quality.lookaheads if row.is_next_step or row.lookahead == lookahead)
-        yield replace(quality, lookaheads=asked)
+        yield Contestant(name, lookahead, Evaluation(predictor))
 
 
-def _cost(name: str, trace: TraceReader, source: PredictorSource) -> float:
-    """Of an observation with the hints of all the lookaheads that the predictor serves."""
-    evaluation = Evaluation(make_predictor(name, source))
-    evaluation.play(trace)
-    return evaluation.quality().median_observe_s
+def _entry(name: str, contestants: Sequence[Contestant], source: PredictorSource) -> dict[str, object]:
+    rows: list[dict[str, object]] = []
+    next_step_rows: list[dict[str, object]] = []
+    cost: dict[str, float] = {}
+    for contestant in contestants:
+        quality = contestant.evaluation.quality()
+        key = "all" if contestant.lookahead is None else str(contestant.lookahead)
+        cost[key] = quality.median_observe_s
+        if contestant.lookahead is None:
+            continue
+        for row in quality.lookaheads:
+            if row.is_next_step:
+                next_step_rows.append(asdict(row))
+            elif row.lookahead == contestant.lookahead:
+                rows.append(asdict(row))
+    artifact = packaged_artifact(source.spec.fingerprint, name)
+    return {
+        "version": contestants[0].evaluation.quality().version,
+        "rows": rows,
+        "next_step_rows": next_step_rows,
+        "artifact_bytes": None if artifact is None else artifact.stat().st_size,
+        "median_observe_s_by_lookahead": cost,
+    }
 
 
-def _line(name: str, rows: list[dict[str, object]], entry: object) -> str:
-    assert isinstance(entry, dict), "made above"
+def _line(name: str, entry: dict[str, object]) -> str:
+    rows, cost, size = entry["rows"], entry["median_observe_s_by_lookahead"], entry["artifact_bytes"]
+    assert isinstance(rows, list), "made above"
+    assert isinstance(cost, dict), "made above"
     recalls = "  ".join(f"{row['lookahead']}: {row['recall']:.3f}/{row['recall_wide']:.3f}" for row in rows)
-    size = entry["artifact_bytes"]
-    stored = "" if size is None else f", {size / 1e6:.2f} MB"
-    return f"  {name:10} {recalls or 'no hints':60} {entry['all_lookaheads_median_s'] * 1e6:6.0f} µs{stored}"
+    stored = f", {size / 1e6:.2f} MB" if isinstance(size, int) else ""
+    return f"  {name:10} {recalls or 'no hints':60} {cost['all'] * 1e6:6.0f} µs{stored}"
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from predictor_service.evaluation.quality import Evaluation, PredictorQuality
+from predictor_service.evaluation.quality import Evaluation, PredictorQuality, play
 from predictor_service.predictors.frequency import VERSION
 from promoe.hint import Hint, Observation, PredictorVersion, StepStart
 from promoe.trace_events import LayerEvent, StepEvent
@@ -69,7 +69,7 @@ class Knowing:
 
 def quality_of(predictor: Knowing, trace: TraceReader) -> PredictorQuality:
     evaluation = Evaluation(predictor)
-    evaluation.play(trace)
+    play(trace, [evaluation])
     return evaluation.quality()
 
 
@@ -100,7 +100,7 @@ def test_the_calibration_error_is_how_far_scores_are_from_shares(
 
 def test_only_the_asked_documents_are_measured(trace: TraceReader) -> None:
     evaluation = Evaluation(Knowing(trace, 2), lambda request_id: request_id == "r1")
-    evaluation.play(trace)
+    play(trace, [evaluation])
     assert sum(row.hints for row in evaluation.quality().lookaheads) == DECODED * LAYERS
 
 
@@ -115,6 +115,14 @@ def test_time_is_measured_in_decode_steps(trace: TraceReader) -> None:
     num_steps = sum(isinstance(event, StepEvent) for event in trace)
     assert quality.observations == num_steps * LAYERS
     assert 0 < quality.median_observe_s <= quality.p99_observe_s
+
+
+def test_several_are_played_to_at_once_as_alone(trace: TraceReader) -> None:
+    knowings = [Knowing(trace, right) for right in (2, 0)]
+    evaluations = [Evaluation(knowing) for knowing in knowings]
+    play(trace, evaluations)
+    for evaluation, right in zip(evaluations, (2, 0), strict=True):
+        assert evaluation.quality().lookaheads == quality_of(Knowing(trace, right), trace).lookaheads
 
 
 def test_nothing_played_is_nothing(tmp_path: Path, trace: TraceReader) -> None:
