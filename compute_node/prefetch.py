@@ -31,10 +31,9 @@ STREAM_LAYERS: Final = 2
 LEAST_PROBABILITY: Final = 0.15
 """Less likely experts are not prefetched, however idle the link is: a chunk of theirs may hold up a demand load."""
 
-LOAD_COST: Final = 0.2
-VICTIM_WEIGHT: Final = 1.25
-"""A prefetch must be likelier than what it evicts by this much: a wrong one costs the link twice, now and when the
-other comes back. Chosen by replaying chats of the demo model (DECISIONS.md)."""
+LINK_COST: Final = 1.0
+RELOAD_COST: Final = 2.0
+"""Of a wrong prefetch, in units of the wait that a right one saves; chosen by replaying chats of the demo model."""
 
 LEAST_STREAMED_PROBABILITY: Final = 0.5
 FEWEST_QUEUED_BLOBS: Final = 2
@@ -322,9 +321,14 @@ class Prefetcher:
         return True
 
     def _is_worth(self, candidate: Candidate) -> Callable[[ExpertId], bool] | None:
-        """Whether a load now is worth the expert that has to go; None: always."""
+        """Whether a load now is worth the expert that has to go; None: always.
+
+        If the guess is right, a wait is saved, and the same expert would have gone anyway. If it is wrong, the link
+        worked in vain, which matters as far as it has other work, and the expert that went may have to come back.
+        """
         if not self._weighs_victims:
             return None
-        least = candidate.probability - LOAD_COST
+        chance = candidate.probability
+        link_cost = LINK_COST * self.pace.link_busy_share
         probability_LE = self._history.next_probability_LE
-        return lambda victim: bool(VICTIM_WEIGHT * probability_LE[victim] < least)
+        return lambda victim: bool((1 - chance) * (link_cost + RELOAD_COST * probability_LE[victim]) < chance)
