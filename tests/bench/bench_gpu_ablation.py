@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from time import perf_counter
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import torch
@@ -74,6 +74,9 @@ class Effort:
     num_prompt: int
     num_tokens: int
     hint_latency_s: float
+
+
+Save: TypeAlias = Callable[[dict[str, object]], None]
 
 
 def gpu_policies(burst: LinkSettings) -> dict[str, SchedulePolicy]:
@@ -146,8 +149,13 @@ class LinkReport:
         }
 
 
-def measure(shape: MoeShape, device: Device, effort: Effort, timeline_folder: Path | None) -> dict[str, object]:
-    """Everything; prints as it goes."""
+def measure(shape: MoeShape, device: Device, effort: Effort, folder: Path, save: Save) -> dict[str, object]:
+    """Everything; prints as it goes, and saves after each cache rate, so that a run that is cut off has said something.
+
+    Args:
+        folder: for the timelines, which are drawn last.
+        save: called with everything so far.
+    """
     tell, spec = _stopwatch(), shape.spec()
     register_experts_function()
     law = fitted_law(geometry_of(shape))
@@ -157,6 +165,7 @@ def measure(shape: MoeShape, device: Device, effort: Effort, timeline_folder: Pa
     override = RoutingOverride(loaded.experts_modules, conversations, device.torch_device)
     names = {id(module): name for name, module in loaded.model.named_modules()}
     layer_modules = tuple(names[id(module)] for module in loaded.experts_modules)
+    groups: list[dict[str, object]] = []
     with override.installed():
         trial = Conversation(conversations[0].prompt, conversations[0].prompt[:WARM_UP_TOKENS])
         resident, implementations = fastest_resident(loaded.model, trial)
@@ -174,25 +183,32 @@ def measure(shape: MoeShape, device: Device, effort: Effort, timeline_folder: Pa
                 policies=policies,
                 link_bytes_per_s=max(link.peak.median, link.registered.median),
             )
-            groups: list[dict[str, object]] = []
+            report: dict[str, object] = {
+                **_conditions(shape, device, effort),
+                "routing": _routing_report(law, conversations, shape.num_experts),
+                "all_resident": {"implementation": resident, "tried": implementations},
+                **link.as_dict(),
+                "policies": {name: _settings_of(policy, spec.layout.blob_nbytes) for name, policy in policies.items()},
+                "groups": groups,
+            }
             for cache_rate in effort.cache_rates:
                 groups.append(turns.measure_rate(cache_rate, effort.rounds))
+                save(report)
                 _free(device)
                 tell(f"cache rate {cache_rate} is measured")
-            drawn = None if timeline_folder is None else turns.timeline(effort.cache_rates[0], timeline_folder)
+            report["timeline"] = turns.timeline(effort.cache_rates[0], folder)
+    save(report)
+    return report
+
+
+def _conditions(shape: MoeShape, device: Device, effort: Effort) -> dict[str, object]:
     return {
         "shape": dataclasses.asdict(shape),
-        "experts_bytes": spec.experts_nbytes,
+        "experts_bytes": shape.spec().experts_nbytes,
         "device": {"kind": device.kind, "name": device.name},
         "engine": "greedy forward passes of the benchmark's own at batch 1; no gRPC, no store process",
-        "routing": _routing_report(law, conversations, shape.num_experts),
         "hints": _hints_report(effort),
         **dataclasses.asdict(effort),
-        "all_resident": {"implementation": resident, "tried": implementations},
-        **link.as_dict(),
-        "policies": {name: _settings_of(policy, spec.layout.blob_nbytes) for name, policy in policies.items()},
-        "groups": groups,
-        "timeline": drawn,
     }
 
 
@@ -247,7 +263,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=48, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=24, help="of an answer")
     parser.add_argument("--hint-latency-ms", type=float, default=1.0)
-    parser.add_argument("--no-timeline", action="store_true")
     parser.add_argument("--threads", type=int, help="torch's threads on the CPU")
     out_argument(parser)
     options = parser.parse_args(arguments)
@@ -256,8 +271,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     effort = Effort(tuple(options.rates), options.rounds, options.prompt, options.tokens, options.hint_latency_ms / 1e3)
     folder: Path = options.out.parent if options.out is not None else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    measured = measure(shape_of(options, device), device, effort, None if options.no_timeline else folder)
-    print(f"Written: {write_report('gpu_ablation', measured, options.out)}")
+    measured = measure(
+        shape_of(options, device), device, effort, folder, lambda report: _say_where(report, options.out)
+    )
+    groups = measured["groups"]
+    assert isinstance(groups, list), "one for each cache rate"
+    if not all(group["same_tokens"] for group in groups):
+        raise SystemExit("The policies did not give the same tokens.")
+
+
+def _say_where(report: dict[str, object], out: Path | None) -> None:
+    say(f"Written: {write_report('gpu_ablation', report, out)}")
 
 
 if __name__ == "__main__":

@@ -121,12 +121,16 @@ def test_every_policy_is_measured_beside_its_limits(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tests.bench.link_rates.PEAK_NBYTES", 1 << 20)
     effort = Effort((0.5,), rounds=2, num_prompt=6, num_tokens=5, hint_latency_s=1e-4)
     blob_nbytes = SHAPE.spec().layout.blob_nbytes
-    measured = measure(SHAPE, CpuDevice(), effort, tmp_path)
+    saved: list[str] = []
+    measured = measure(SHAPE, CpuDevice(), effort, tmp_path, lambda report: saved.append(json.dumps(report)))
     written = json.loads(json.dumps(measured))
+    assert json.loads(saved[-1]) == written
+    assert json.loads(saved[0]) == {name: value for name, value in written.items() if name != "timeline"}
     (group,) = written["groups"]
     rows = {row["variant"]: row for row in group["rows"]}
     assert list(rows) == list(gpu_policies(LinkSettings(1 << 20, 2)))
     assert group["slots_per_layer"] == 4
+    assert group["same_tokens"]
     for name, row in rows.items():
         assert len(row["tpot_s"]["values"]) == 2
         assert row["tpot_over_floor"] > 0
