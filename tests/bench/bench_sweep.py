@@ -85,6 +85,10 @@ def open_nodes(pack_dir: Path, num_threads: int, link_bytes_per_s: float | None)
             f"compute.max_context_tokens={CONTEXT_TOKENS}",
             "compute.max_concurrent_requests=1",
             f"compute.num_threads={num_threads}",
+            # Reactive: loads overlap compute within a layer, nothing is loaded ahead.
+            "compute.policy=promoe",
+            "compute.eviction=lru",
+            "compute.hints=ignore",
         ]
         if link_bytes_per_s is not None:
             fixed.append(f"compute.link_bytes_per_s={link_bytes_per_s}")
