@@ -1,7 +1,7 @@
 """Configuration: one TOML file, frozen dataclasses, unknown keys are errors.
 
-The file has one table per service (`[store]`, `[compute]`, `[predictor]`) and shared ones (`[log]`). A service loads its
-own table and the shared ones; keys of other services' tables are theirs to check.
+The file has one table per service (`[store]`, `[compute]`, `[predictor]`) and shared ones (`[log]`). A service loads
+its own table and the shared ones; keys of other services' tables are theirs to check.
 """
 
 import dataclasses
