@@ -85,6 +85,11 @@ class _RecordedStep:
     samples: dict[tuple[int, ObservedKind], LayerSample] = field(default_factory=dict)
     nbytes: int = 0
 
+    def hidden_nbytes(self) -> int:
+        """Of all samples: they are alike."""
+        hidden = next((sample.hidden for sample in self.samples.values()), None)
+        return 0 if hidden is None else hidden.tensor.nbytes * len(self.samples)
+
     def finished_events(self, num_layers: int) -> Iterator[TraceEvent]:
         """The events with their hidden states; blocks until those have come."""
         layer_inputs = self._hidden_by_layer(ObservedKind.LAYER_INPUT)
@@ -173,8 +178,6 @@ class Recording:
         if self._current is None:
             return
         self._current.samples[sample.layer, sample.kind] = sample
-        if sample.hidden is not None:
-            self._current.nbytes += sample.hidden.tensor.nbytes
         if sample.layer == self._num_layers:
             self._hand_over(self._current)
 
@@ -199,6 +202,7 @@ class Recording:
 
     def _hand_over(self, step: _RecordedStep) -> None:
         """The step is over; what comes before the next one begins belongs to that."""
+        step.nbytes += step.hidden_nbytes()
         with self._lock:
             self._queue.append(step)
             self._queued_nbytes += step.nbytes
