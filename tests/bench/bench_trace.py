@@ -1,7 +1,7 @@
-"""What recording a trace costs: gaps between tokens with nobody reading, with a trace, and with hidden states besides.
+"""What recording a trace costs: gaps between tokens with nobody reading, with events, and with hidden states besides.
 
 The node, the store, the recorder (`promoe trace record`'s own reader and writer) and the asking client are processes of
-their own. While one long answer is decoded, the three take turns every few tokens, so that whatever slows a shared
+their own. While one long answer is decoded, the modes take turns every few tokens, so that whatever slows a shared
 machine down slows all of a round; beside the gaps there is the CPU time of the node per token.
 Goal: TPOT at most 1.03 times that without a trace.
 """
@@ -36,14 +36,20 @@ ROWS: Final = 32
 
 @dataclass(frozen=True)
 class Mode:
-    """What is recorded; `rows` of both kinds of hidden states."""
+    """What is recorded: nothing, events, or events with `rows` of hidden states of one kind or of both."""
 
     name: str
     records: bool
     rows: int = 0
+    router_input: bool = False
 
 
-MODES: Final = (Mode("off", records=False), Mode("trace", records=True), Mode("hidden", records=True, rows=ROWS))
+MODES: Final = (
+    Mode("off", records=False),
+    Mode("events", records=True),
+    Mode("layer_input", records=True, rows=ROWS),
+    Mode("both", records=True, rows=ROWS, router_input=True),
+)
 
 
 class RecorderProcess:
@@ -81,8 +87,7 @@ def _record_on_demand(connection: Connection, endpoint: str, folder: Path) -> No
                 mode: Mode = connection.recv()
             except EOFError:
                 return
-            hidden = mode.rows > 0
-            stream = client.trace(max_rows=mode.rows, layer_input=hidden, router_input=hidden)
+            stream = client.trace(max_rows=mode.rows, layer_input=mode.rows > 0, router_input=mode.router_input)
             recording = TraceRecording(stream, folder / "run.trace")
             recording.start()
             connection.send("open")
@@ -145,7 +150,7 @@ def measure(rounds: int, block_tokens: int, num_threads: int) -> dict[str, objec
         process = psutil.Process(node.process.pid)
         answer.wait_for(block_tokens)
         for number in range(rounds):
-            for mode in (*MODES[number % 3 :], *MODES[: number % 3]):
+            for mode in (*MODES[number % len(MODES) :], *MODES[: number % len(MODES)]):
                 with recorder.recording(mode) as recorded:
                     _measure_block(answer, process, block_tokens, samples[mode.name])
                 if recorded:
@@ -173,7 +178,7 @@ def _summary(mode: Mode, samples: ModeSamples, off: ModeSamples) -> dict[str, ob
         "gap_s": gap.as_dict(),
         "node_cpu_s_per_token": Sample(tuple(samples.cpus_s)).as_dict(),
     }
-    line = f"  {mode.name:6}: TPOT {gap.median * 1e3:6.1f} ms"
+    line = f"  {mode.name:11}: TPOT {gap.median * 1e3:6.1f} ms"
     if mode.records:
         assert samples.last is not None, "it was recorded"
         ratio = median_ratio(samples.gaps_s, off.gaps_s)
