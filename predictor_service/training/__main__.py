@@ -19,6 +19,7 @@ from predictor_service.predictors import learned
 from predictor_service.training.progress_display import shown_progress
 from predictor_service.training.token_blocks import TraceBlocks
 from predictor_service.training.train import DEFAULT_FIT, KINDS, OBSERVED_OF_KIND, Trained, Training, train
+from predictor_service.training.trainee import CROSS_ENTROPY, L1
 from promoe.errors import ModelMismatch, PromoeError
 from promoe.model_spec import ModelSpec
 from promoe.pack_manifest import PackManifest
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lookahead", type=int, action="append", metavar="L", help="in MoE layers; can be given several times"
     )
+    parser.add_argument("--objective", choices=(L1, CROSS_ENTROPY), help="default: the kind's, which for promoe is l1")
     parser.add_argument("--units", type=int, help="width of the networks; default: the kind's")
     defaults = ", ".join(f"{fit.epochs} for {kind}" for kind, fit in DEFAULT_FIT.items())
     parser.add_argument("--epochs", type=int, help=f"passes over the traces at most; default: {defaults}")
@@ -121,7 +123,13 @@ def _training(options: argparse.Namespace) -> Training:
     training = Training.of(options.kind)
     fit = replace(training.fit, seed=options.seed, epochs=options.epochs or training.fit.epochs)
     lookaheads = tuple(options.lookahead) if options.lookahead else training.lookaheads
-    return replace(training, lookaheads=lookaheads, units=options.units or training.units, fit=fit)
+    return replace(
+        training,
+        lookaheads=lookaheads,
+        units=options.units or training.units,
+        fit=fit,
+        objective=options.objective or training.objective,
+    )
 
 
 def _check_model(blocks: TraceBlocks, spec: ModelSpec) -> None:

@@ -15,7 +15,7 @@ from predictor_service.training.learned_nets import LearnedNets
 from predictor_service.training.promoe_nets import PromoeNets
 from predictor_service.training.token_batch import BlockTensors, SignatureMap
 from predictor_service.training.token_blocks import BlockSource, Split, TokenBlock
-from predictor_service.training.trainee import Geometry, Trainee
+from predictor_service.training.trainee import CROSS_ENTROPY, L1, Geometry, Trainee
 from promoe.errors import InvalidInput, ModelUnsupported
 from promoe.hint import ObservedKind
 from promoe.model_spec import ModelSpec
@@ -25,6 +25,8 @@ OBSERVED_OF_KIND: Final = {learned.KIND: ObservedKind.ROUTER_INPUT, promoe.KIND:
 
 DEFAULT_LOOKAHEADS: Final = {learned.KIND: (1, 2, 3, 4), promoe.KIND: (2,)}
 DEFAULT_UNITS: Final = {learned.KIND: 384, promoe.KIND: 1024}
+OBJECTIVES_OF_KIND: Final = {learned.KIND: (CROSS_ENTROPY,), promoe.KIND: (L1, CROSS_ENTROPY)}
+"""The first is the kind's own."""
 DEFAULT_FIT: Final = {
     learned.KIND: FitSettings(epochs=6, patience=2, batch_tokens=1024, learning_rate=4e-3, is_annealed=True, seed=0),
     # The paper's objective and rate; it stops when it gets no better.
@@ -41,19 +43,22 @@ class Training:
         lookaheads: in MoE layers; one for promoe.
         units: of the trunk, or of each hidden layer.
         fit: see FitSettings.
+        objective: one of the kind's OBJECTIVES_OF_KIND.
     """
 
     kind: str
     lookaheads: tuple[int, ...]
     units: int
     fit: FitSettings
+    objective: str
 
     @classmethod
     def of(cls, kind: str) -> "Training":
         """The kind's own settings; raises ValueError naming the allowed kinds."""
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
-        return cls(kind, DEFAULT_LOOKAHEADS[kind], DEFAULT_UNITS[kind], DEFAULT_FIT[kind])
+        objective = OBJECTIVES_OF_KIND[kind][0]
+        return cls(kind, DEFAULT_LOOKAHEADS[kind], DEFAULT_UNITS[kind], DEFAULT_FIT[kind], objective)
 
     def check(self, num_moe_layers: int) -> None:
         """Raises ValueError for settings that this model cannot have."""
@@ -63,6 +68,9 @@ class Training:
             raise ValueError(f"lookaheads are {self.lookaheads}; allowed: 1 to {num_moe_layers - 1}")
         if self.kind == promoe.KIND and len(self.lookaheads) != 1:
             raise ValueError(f"lookaheads are {self.lookaheads}; promoe is trained for one")
+        if self.objective not in OBJECTIVES_OF_KIND[self.kind]:
+            allowed = ", ".join(OBJECTIVES_OF_KIND[self.kind])
+            raise ValueError(f"objective is {self.objective!r}; allowed for {self.kind}: {allowed}")
         if self.units < 1:
             raise ValueError(f"units is {self.units}; allowed: 1 or more")
 
@@ -99,6 +107,7 @@ class Trained:
             lookaheads=self.training.lookaheads,
             training={
                 units_key: self.training.units,
+                "objective": self.training.objective,
                 "epochs": self.result.epochs,
                 "train_tokens": self.result.num_tokens,
                 "seed": self.training.fit.seed,
@@ -132,7 +141,7 @@ def train(training: Training, spec: ModelSpec, pack: Path, blocks: BlockSource, 
         signature = _signature_map(pack, spec, first)
         trainee = LearnedNets(geometry, training.lookaheads, training.units, signature, _input_scale(first, geometry))
     else:
-        trainee = PromoeNets(geometry, training.lookaheads[0], training.units)
+        trainee = PromoeNets(geometry, training.lookaheads[0], training.units, training.objective)
     num_next = max(training.lookaheads) + 1
 
     def prepare(block: TokenBlock) -> BlockTensors:

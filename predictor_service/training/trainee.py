@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
 from predictor_service.training.token_batch import TokenBatch
 from promoe.hint import Float32Array
+
+L1: Final = "l1"
+CROSS_ENTROPY: Final = "cross_entropy"
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,14 @@ def test_it_learns_and_beats_popularity(kind: str, gain: float, tmp_path: Path) 
     assert metrics["recall_at_k_lookahead_2"] == recall
 
 
+def test_cross_entropy_is_in_promoes_favour(tmp_path: Path) -> None:
+    recalls = [
+        train_small("promoe", tmp_path / objective, objective=objective)[0].result.measured.recall_A[0]
+        for objective in ("l1", "cross_entropy")
+    ]
+    assert recalls[1] > recalls[0]
+
+
 def test_the_same_seed_trains_the_same(tmp_path: Path) -> None:
     fit = replace(small_training("learned").fit, epochs=2)
     first, again = weights_of(tmp_path / "1", fit=fit), weights_of(tmp_path / "2", fit=fit)
@@ -140,6 +148,7 @@ def test_nothing_to_measure_on_is_said(tmp_path: Path) -> None:
         ("learned", {"lookaheads": (5,)}, "1 to 4"),
         ("promoe", {"lookaheads": (1, 2)}, "for one"),
         ("learned", {"units": 0}, "1 or more"),
+        ("learned", {"objective": "l1"}, "allowed for learned: cross_entropy"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(kind: str, changes: dict[str, object], sentence: str) -> None:
