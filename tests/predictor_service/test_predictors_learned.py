@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from predictor_service.artifact import compact, read_artifact, write_artifact
 from predictor_service.packaged import packaged_artifact
@@ -21,6 +23,7 @@ from promoe.errors import InvalidInput, ModelMismatch, ModelNotFound
 from promoe.hint import Hint, LayerRouting, Observation, StepSpan, StepStart
 from tests.predictor_service.layer_events import decode_start
 from tests.predictor_service.made_up_traces import EXPERTS, LAYERS, PER_TOKEN, WORDS, LearnableModel, learnable_spec
+from tests.predictor_service.test_predictors import RandomNode, check_hint
 from tests.predictor_service.trained import train_small
 
 FOUR_BITS = 0.2
@@ -225,6 +228,31 @@ def test_another_model_is_refused(learned: tuple[Trained, PredictorSource]) -> N
 def test_an_artifact_of_another_kind_is_refused(learned: tuple[Trained, PredictorSource]) -> None:
     with pytest.raises(InvalidInput, match="of the predictor learned, not of promoe"):
         PromoePredictor(learned[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_hints_are_valid_whatever_is_told(
+    learned: tuple[Trained, PredictorSource], promoe: tuple[Trained, PredictorSource], data: st.DataObject
+) -> None:
+    spec = learned[1].spec
+    sessions = LearnedPredictor(learned[1]).open_session(), PromoePredictor(promoe[1]).open_session()
+    node = RandomNode(spec, data)
+    for step in range(1, data.draw(st.integers(2, 5))):
+        start = node.start(step)
+        for session in sessions:
+            session.begin_step(start)
+        for observation in node.observations(start):
+            for hint in sessions[0].observe(observation):
+                check_hint(hint, observation, spec, start)
+            for hint in sessions[1].observe(observation):
+                # Its scores are no probabilities; all else holds.
+                scores = np.linspace(1, 0, len(hint.scores), dtype=np.float32)
+                assert (np.diff(hint.scores) <= 0).all()
+                check_hint(replace(hint, scores=scores), observation, spec, start)
+        if data.draw(st.booleans()):
+            for session in sessions:
+                session.end_requests(("a", "zz"))
 
 
 @pytest.mark.parametrize("name", ["learned", "promoe"])
