@@ -85,10 +85,12 @@ class _RecordedStep:
     samples: dict[tuple[int, ObservedKind], LayerSample] = field(default_factory=dict)
     nbytes: int = 0
 
-    def hidden_nbytes(self) -> int:
-        """Of all samples: they are alike."""
+    def weigh(self) -> None:
+        """Sets `nbytes`, about; all samples of a step are alike."""
         hidden = next((sample.hidden for sample in self.samples.values()), None)
-        return 0 if hidden is None else hidden.tensor.nbytes * len(self.samples)
+        self.nbytes = len(self.events) * _EVENT_NBYTES
+        self.nbytes += sum(event.topk_ids_TK.nbytes for event in self.events if isinstance(event, LayerEvent))
+        self.nbytes += 0 if hidden is None else hidden.tensor.nbytes * len(self.samples)
 
     def finished_events(self, num_layers: int) -> Iterator[TraceEvent]:
         """The events with their hidden states; blocks until those have come."""
@@ -157,11 +159,9 @@ class Recording:
         if self._current is None:
             return
         self._current.events.append(event)
-        self._current.nbytes += _EVENT_NBYTES
-        if isinstance(event, LayerEvent):
-            self._current.nbytes += event.topk_ids_TK.nbytes
-            if event.layer == self._num_layers - 1 and not self._wish.layer_input:
-                self._hand_over(self._current)
+        is_last = isinstance(event, LayerEvent) and event.layer == self._num_layers - 1
+        if is_last and not self._wish.layer_input:
+            self._hand_over(self._current)
 
     def wanted(self, start: StepStart) -> WantedSamples | None:
         """Which hidden states of the step that begins."""
@@ -202,7 +202,7 @@ class Recording:
 
     def _hand_over(self, step: _RecordedStep) -> None:
         """The step is over; what comes before the next one begins belongs to that."""
-        step.nbytes += step.hidden_nbytes()
+        step.weigh()
         with self._lock:
             self._queue.append(step)
             self._queued_nbytes += step.nbytes
