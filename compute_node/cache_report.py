@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from compute_node.cache_map import CacheMapRecorder
 from compute_node.cache_stats import PhaseCounters, StepRecorder
 from compute_node.config import ComputeConfig
+from compute_node.emulated_transfers import EmulatedTransfers
 from compute_node.expert_cache import ExpertCache
 from compute_node.hint_report import HintReport
 from compute_node.memory_plan import MemoryPlan
@@ -33,7 +34,7 @@ class CacheReport:
     config: ComputeConfig
     plan: MemoryPlan
     expert_cache: ExpertCache
-    transfers: TransferEngine
+    transfers: TransferEngine | EmulatedTransfers
     recorder: StepRecorder
     store: StoreClient
     hints: HintReport

@@ -317,6 +317,7 @@ class ExpertCache:
 
     def _take_notice(self) -> None:
         """Hints first: they cost nothing to know. Everything noticed in one look carries its number."""
+        self._transfers.catch_up()
         for received in self._hints.drain():
             hint = received.hint
             fate = self._prefetcher.book.file(hint)

@@ -7,10 +7,12 @@ import torch
 
 from compute_node.cache_stats import StepRecorder
 from compute_node.device.seam import Device
+from compute_node.emulated_transfers import EmulatedTransfers
 from compute_node.expert_cache import CacheSurroundings, ExpertCache
 from compute_node.expert_weights import ExpertWeights
 from compute_node.hint_inbox import HintInbox
 from compute_node.layer_observer import LayerObserver
+from compute_node.load_queue import ChunkSettings
 from compute_node.memory_plan import MemoryPlan
 from compute_node.model_loader import LoadedModel
 from compute_node.moe_forward import MoeForward, install
@@ -30,7 +32,7 @@ class ExpertPath:
     """
 
     expert_cache: ExpertCache
-    transfers: TransferEngine
+    transfers: TransferEngine | EmulatedTransfers
     slots_SB: torch.Tensor
 
     @classmethod
@@ -49,7 +51,7 @@ class ExpertPath:
             InsufficientMemory: the device cannot hold the slots after all.
         """
         slots_SB = device.allocate_slots(spec.num_moe_layers * plan.slots_per_layer, plan.slot_nbytes)
-        transfers = TransferEngine(device.open_link, policy.chunk_settings(spec.layout.blob_nbytes))
+        transfers = transfers_over(device, policy.chunk_settings(spec.layout.blob_nbytes))
         geometry = CacheGeometry(
             num_layers=spec.num_moe_layers,
             num_experts=spec.num_experts,
@@ -66,3 +68,10 @@ class ExpertPath:
         weights = [ExpertWeights(row_B, spec.layout) for row_B in self.slots_SB]
         for layer, module in enumerate(loaded.experts_modules):
             install(module, MoeForward(layer, weights, self.expert_cache, recorder, observer))
+
+
+def transfers_over(device: Device, chunks: ChunkSettings) -> TransferEngine | EmulatedTransfers:
+    """A thread for a real link; a played one needs none."""
+    if device.played_link_bytes_per_s is not None:
+        return EmulatedTransfers(device.played_link_bytes_per_s, chunks)
+    return TransferEngine(device.open_link, chunks)

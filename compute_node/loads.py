@@ -76,6 +76,9 @@ class Load:
 class Transfers(Protocol):
     """Moves loads over the link, chunk by chunk, demand before everything else."""
 
+    def catch_up(self) -> None:
+        """Brings loads up to now, where no thread does."""
+
     def submit(self, loads: Sequence[Load]) -> None:
         """Queues loads that are QUEUED or PAUSED: DEMAND ones behind the DEMAND ones before, others by rank.
 

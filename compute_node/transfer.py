@@ -72,6 +72,9 @@ class TransferEngine:
     ) -> None:
         self.close()
 
+    def catch_up(self) -> None:
+        """The thread is up to now."""
+
     def submit(self, loads: Sequence[Load]) -> None:
         """See `Transfers`."""
         with self._condition:

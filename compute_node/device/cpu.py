@@ -97,7 +97,7 @@ class CpuDevice:
     kind: Final = "cpu"
 
     def __init__(self, link_bytes_per_s: float | None = None) -> None:
-        self._link_bytes_per_s = link_bytes_per_s
+        self.played_link_bytes_per_s = link_bytes_per_s
         self.torch_device = torch.device("cpu")
         self.name = platform.processor() or platform.machine()
         self.pinning = NoPinning()
@@ -123,7 +123,7 @@ class CpuDevice:
 
     def open_link(self) -> CpuLink:
         """A link for the transfer thread."""
-        return CpuLink(self._link_bytes_per_s)
+        return CpuLink(self.played_link_bytes_per_s)
 
     def index_rows(self, rows: Sequence[int]) -> torch.Tensor:
         """See `Device.index_rows`."""

@@ -200,6 +200,7 @@ class CudaDevice:
     """One GPU. Raises Unavailable when it cannot be used."""
 
     kind: Final = "cuda"
+    played_link_bytes_per_s: Final = None
 
     def __init__(self, device_index: int = 0) -> None:
         if not torch.cuda.is_available():

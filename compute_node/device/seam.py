@@ -123,6 +123,10 @@ class Device(Protocol):
             InsufficientMemory: the device cannot hold it.
         """
 
+    @property
+    def played_link_bytes_per_s(self) -> float | None:
+        """The rate of a link that is only played; None where there is a real one."""
+
     def open_link(self) -> Link:
         """The link of the transfer thread."""
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from compute_node.clocked_transfers import LinkModel
 from compute_node.replay.recorded_run import RecordedRun
-from compute_node.replay.virtual_transfers import LinkModel
 from promoe.config import SettingUnfit
 from promoe.trace_events import LoadEvent, LoadReason
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from compute_node.clocked_transfers import LinkModel
 from compute_node.replay.hint_plan import HintSettings, HintSource
 from compute_node.replay.measured_link import measured_link
 from compute_node.replay.recorded_policy import policy_with, recorded_policy
 from compute_node.replay.recorded_run import RecordedRun
 from compute_node.replay.simulation import WhatIf
-from compute_node.replay.virtual_transfers import LinkModel
 from compute_node.schedule import POLICIES, HintUse, SlotSplit, policy_named
 from promoe.config import SettingUnfit
 

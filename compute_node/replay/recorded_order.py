@@ -14,7 +14,7 @@ from compute_node.hint_inbox import HintInbox, ReceivedHint
 from compute_node.loads import Load, LoadState
 from compute_node.replay.recorded_run import RecordedLayer, RecordedRun, RecordedStep
 from compute_node.replay.simulation import starting_snapshot
-from compute_node.replay.virtual_transfers import VirtualClock, VirtualMarks
+from compute_node.replay.virtual_clock import VirtualClock, VirtualMarks
 from compute_node.schedule import SchedulePolicy
 from promoe.errors import PromoeError
 from promoe.ids import ExpertId
@@ -103,6 +103,9 @@ class RecordedTransfers:
         self._live: dict[ExpertId, Load] = {}
         self.bytes_per_s = 0.0
         self.stall_s = 0.0
+
+    def catch_up(self) -> None:
+        """The recorded events say what has come."""
 
     def submit(self, loads: Sequence[Load]) -> None:
         """See `Transfers`."""

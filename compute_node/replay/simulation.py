@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from compute_node.clocked_transfers import ClockedTransfers, LinkModel
 from compute_node.expert_cache import CacheSnapshot, CacheSurroundings, ExpertCache
 from compute_node.expert_history import ExpertHistory
 from compute_node.hint_inbox import HintInbox, ReceivedHint
@@ -12,7 +13,7 @@ from compute_node.prefetch_counters import PrefetchCounters
 from compute_node.replay.hint_plan import HintPlan, HintSettings, Observed, plan_hints
 from compute_node.replay.phase_totals import PhaseTotals
 from compute_node.replay.recorded_run import RecordedLayer, RecordedRun, RecordedStep
-from compute_node.replay.virtual_transfers import LinkModel, VirtualClock, VirtualMarks, VirtualTransfers
+from compute_node.replay.virtual_clock import VirtualClock, VirtualMarks
 from compute_node.schedule import SchedulePolicy, SlotSplit
 from compute_node.slots import CacheGeometry
 from compute_node.step_ledger import Phase
@@ -82,7 +83,7 @@ class Simulation:
         self._hints: HintPlan = plan_hints(run, settings.hints)
         geometry = replace(run.geometry, slots_per_layer=settings.slots_per_layer)
         chunks = settings.policy.chunk_settings(geometry.blob_nbytes)
-        self.transfers = VirtualTransfers(self._clock, settings.link, chunks)
+        self.transfers = ClockedTransfers(self._clock, settings.link, chunks)
         self.expert_cache = ExpertCache(
             range(geometry.num_slots),
             geometry,

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from compute_node.cache_stats import CacheMetrics, StepRecorder
 from compute_node.device.cpu import CpuDevice
 from compute_node.device.seam import Device
+from compute_node.emulated_transfers import EmulatedTransfers
 from compute_node.expert_cache import CacheSurroundings, ExpertCache
+from compute_node.expert_path import transfers_over
 from compute_node.expert_weights import TORCH_DTYPES, ExpertWeights
 from compute_node.hint_inbox import HintInbox
 from compute_node.layer_observer import LayerObserver
@@ -92,7 +94,7 @@ class ExpertStack:
 
     arena: PlainArena
     expert_cache: ExpertCache
-    transfers: TransferEngine
+    transfers: TransferEngine | EmulatedTransfers
     ledger: StepLedger
     recorder: StepRecorder
     slots_SB: torch.Tensor
@@ -133,7 +135,7 @@ def open_stack(arena: PlainArena, num_layers: int, options: StackOptions) -> Ite
     policy = options.schedule()
     hints = HintInbox()
     observer = LayerObserver(num_layers, device, ())
-    with TransferEngine(device.open_link, policy.chunk_settings(arena.layout.blob_nbytes)) as transfers:
+    with transfers_over(device, policy.chunk_settings(arena.layout.blob_nbytes)) as transfers:
         surroundings = CacheSurroundings(device, transfers, arena.address, hints, wait_begins=device.wait_begins)
         expert_cache = ExpertCache([row.data_ptr() for row in slots_SB], geometry, policy, surroundings)
         ledger.listeners = (observer.begin_step, expert_cache.begin_step)

@@ -132,6 +132,8 @@ class LazyDevice:
     kind = "lazy"
     name = "lazy"
 
+    played_link_bytes_per_s = None
+
     def __init__(self, seed: int, link: Callable[[LazyStreams], LazyLink] = LazyLink) -> None:
         self.streams = LazyStreams(seed)
         self.torch_device = torch.device("cpu")

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from compute_node.clocked_transfers import LinkModel
 from compute_node.replay.measured_link import measured_link
 from compute_node.replay.recorded_run import RecordedRun
-from compute_node.replay.virtual_transfers import LinkModel
 from promoe.config import SettingUnfit
 from promoe.hint import StepSpan
 from promoe.ids import ExpertId

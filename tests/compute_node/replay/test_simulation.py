@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compute_node.clocked_transfers import LinkModel
 from compute_node.replay.hint_plan import HintSettings, HintSource
 from compute_node.replay.limits import limits_of
 from compute_node.replay.phase_totals import recorded_totals
 from compute_node.replay.recorded_run import RecordedRun
 from compute_node.replay.simulation import Simulation, WhatIf, starting_snapshot
-from compute_node.replay.virtual_transfers import LinkModel
 from compute_node.schedule import POLICIES, SlotSplit
 from compute_node.slots import CacheGeometry
 from compute_node.step_ledger import Phase

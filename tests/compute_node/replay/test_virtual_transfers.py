@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compute_node.clocked_transfers import ClockedTransfers, LinkModel
 from compute_node.device.cpu import DONE
 from compute_node.load_queue import ChunkSettings
 from compute_node.loads import Load, LoadState
-from compute_node.replay.virtual_transfers import LinkModel, VirtualClock, VirtualMarks, VirtualTransfers
+from compute_node.replay.virtual_clock import VirtualClock, VirtualMarks
 from promoe.ids import ExpertId
 from promoe.trace_events import LoadReason
 
@@ -18,12 +19,12 @@ def load(number: int, nbytes: int = 100, reason: LoadReason = LoadReason.DEMAND)
 
 def at_100_bytes_per_s(
     chunk_nbytes: int | None = None, in_flight: int = 1, chunk_s: float = 0.0
-) -> tuple[VirtualClock, VirtualTransfers]:
+) -> tuple[VirtualClock, ClockedTransfers]:
     clock = VirtualClock()
-    return clock, VirtualTransfers(clock, LinkModel(100.0, chunk_s), ChunkSettings(chunk_nbytes, in_flight))
+    return clock, ClockedTransfers(clock, LinkModel(100.0, chunk_s), ChunkSettings(chunk_nbytes, in_flight))
 
 
-def arrive(transfers: VirtualTransfers, asked: Load) -> None:
+def arrive(transfers: ClockedTransfers, asked: Load) -> None:
     transfers.next_issued([asked]).ticket.wait_on_compute()
 
 
@@ -44,7 +45,7 @@ def test_waiting_for_a_load_takes_its_time_on_the_link() -> None:
 
 def test_a_host_that_waited_wakes_a_little_later() -> None:
     clock = VirtualClock()
-    transfers = VirtualTransfers(clock, LinkModel(100.0, wake_s=0.125), ChunkSettings(None, 1))
+    transfers = ClockedTransfers(clock, LinkModel(100.0, wake_s=0.125), ChunkSettings(None, 1))
     waited_for, ahead = load(1), load(2)
     transfers.submit([waited_for])
     arrive(transfers, waited_for)

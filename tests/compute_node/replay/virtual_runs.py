@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from compute_node.clocked_transfers import LinkModel
 from compute_node.replay.hint_plan import HintSettings, HintSource
 from compute_node.replay.recorded_run import RecordedRun
 from compute_node.replay.simulation import Outcome, Simulation, WhatIf
-from compute_node.replay.virtual_transfers import LinkModel
 from compute_node.schedule import POLICIES, SchedulePolicy
 from promoe.trace_events import StepEvent, TraceEvent
 from promoe.trace_file import TraceWriter
