@@ -28,7 +28,7 @@ DEFAULT_UNITS: Final = {learned.KIND: 384, promoe.KIND: 1024}
 OBJECTIVES_OF_KIND: Final = {learned.KIND: (CROSS_ENTROPY,), promoe.KIND: (L1, CROSS_ENTROPY)}
 """The first is the kind's own."""
 DEFAULT_FIT: Final = {
-    learned.KIND: FitSettings(epochs=6, patience=2, batch_tokens=1024, learning_rate=4e-3, is_annealed=True, seed=0),
+    learned.KIND: FitSettings(epochs=8, patience=2, batch_tokens=256, learning_rate=2e-3, is_annealed=True, seed=0),
     # The paper's objective and rate; it stops when it gets no better.
     promoe.KIND: FitSettings(epochs=40, patience=2, batch_tokens=256, learning_rate=1e-3, is_annealed=False, seed=0),
 }

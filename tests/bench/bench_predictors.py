@@ -103,8 +103,8 @@ def _line(name: str, entry: dict[str, object]) -> str:
 def main() -> None:
     """Prints the table, writes the JSON and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chats", type=int, default=40)
-    parser.add_argument("--tokens", type=int, default=96, help="of an answer, at most")
+    parser.add_argument("--chats", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer, at most")
     parser.add_argument("--trace", type=Path, help="a recorded trace of held-out chats; default: record one")
     out_argument(parser)
     options = parser.parse_args()
