@@ -118,7 +118,8 @@ class LongAnswer:
     def wait_for(self, num_tokens: int) -> None:
         """Returns when so many more tokens have come."""
         wanted = len(self.arrivals_s) + num_tokens
-        wait_until(lambda: len(self.arrivals_s) >= wanted, timeout_s=600)
+        wait_until(lambda: len(self.arrivals_s) >= wanted or not self._thread.is_alive(), timeout_s=600)
+        assert len(self.arrivals_s) >= wanted, "the context is full: fewer rounds, or smaller blocks"
 
     def close(self) -> None:
         """Ends it."""
@@ -146,7 +147,7 @@ def measure(rounds: int, block_tokens: int, num_threads: int) -> dict[str, objec
         RunningNode(pack_dir, store.endpoint, Path(folder), *settings) as node,
     ):
         recorder = RecorderProcess(node.endpoint(), Path(folder))
-        answer = LongAnswer(node.endpoint(), CONTEXT_TOKENS // 2)
+        answer = LongAnswer(node.endpoint(), CONTEXT_TOKENS - 128)
         process = psutil.Process(node.process.pid)
         answer.wait_for(block_tokens)
         for number in range(rounds):
