@@ -52,7 +52,7 @@ class HintCollector(Collector):
         yield from _qualities(stats)
         yield _histogram(telemetry.HINT_LATENCY_SECONDS, "Observation handed over to hint received.", stats.latency)
         text = "Hint taken notice of to its layer's routing being known."
-        yield _histogram(telemetry.HINT_LEAD_SECONDS, text, stats.time_until_use)
+        yield _histogram(telemetry.HINT_TIME_UNTIL_USE_SECONDS, text, stats.time_until_use)
         yield self._prefetched()
         connected = float(self._predictor_link().state is PredictorState.CONNECTED)
         yield GaugeMetricFamily(telemetry.PREDICTOR_CONNECTED, "1 while the predictor is connected.", connected)
@@ -90,8 +90,8 @@ def _qualities(stats: HintStats) -> Iterator[CounterMetricFamily]:
     for place, (name, text) in enumerate(
         (
             (telemetry.HINTED_EXPERTS, "Experts in the heads of hints."),
-            (telemetry.CORRECT_EXPERTS, "Hinted experts that were routed."),
-            (telemetry.READY_EXPERTS, "Hinted experts that were READY when the routing became known."),
+            (telemetry.HINTED_EXPERTS_ROUTED, "Hinted experts that were routed."),
+            (telemetry.HINTED_EXPERTS_READY, "Hinted experts that were READY when the routing became known."),
         )
     ):
         family = CounterMetricFamily(name, text, labels=["version", "lookahead", "phase"])

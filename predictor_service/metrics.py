@@ -27,7 +27,7 @@ class PredictorCollector(Collector):
             (telemetry.OBSERVATIONS, "Observations predicted from.", stats.observations),
             (telemetry.DROPPED_OBSERVATIONS, "Observations dropped by a full queue.", stats.dropped_observations),
             (telemetry.REFUSED_OBSERVATIONS, "Observations that were no use.", stats.refused_observations),
-            (telemetry.HINTS_MADE, "Hints made.", stats.hints),
+            (telemetry.PREDICTOR_HINTS, "Hints made.", stats.hints),
             (telemetry.PREDICT_SECONDS, "Time spent predicting.", stats.predict_s),
         ):
             yield CounterMetricFamily(name, text, value=value)

@@ -40,7 +40,7 @@ def test_the_page_shows_every_figure() -> None:
         (telemetry.OBSERVATIONS, 70),
         (telemetry.DROPPED_OBSERVATIONS, 5),
         (telemetry.REFUSED_OBSERVATIONS, 3),
-        (telemetry.HINTS_MADE, 60),
+        (telemetry.PREDICTOR_HINTS, 60),
         (telemetry.PREDICT_SECONDS, 0.25),
     ):
         assert samples[f"{name}_total"][0] == value
