@@ -6,6 +6,7 @@ The client's logic is written once, as coroutines over a `Transport`. On the blo
 
 import asyncio
 import time
+import weakref
 from collections.abc import Coroutine
 from typing import Generic, Protocol, TypeVar, cast
 
@@ -166,9 +167,12 @@ class BlockingTransport:
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
-        self._channel = grpc.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        channel = grpc.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        # Also when nobody closes it, and before the interpreter ends: a call that gRPC cancels while the interpreter
+        # is going down may wait for ever for a thread that is gone.
+        self._closer = weakref.finalize(self, channel.close)
+        self._stub = inference_pb2_grpc.InferenceStub(channel)
+        self._health = health_pb2_grpc.HealthStub(channel)
 
     async def ask(self, method: str, request: Message, response_type: type[_Response], timeout_s: float) -> _Response:
         """See Transport."""
@@ -199,7 +203,7 @@ class BlockingTransport:
 
     async def close(self) -> None:
         """See Transport."""
-        self._channel.close()
+        self._closer()
 
 
 class _BlockingStreamCall(Generic[_Response]):

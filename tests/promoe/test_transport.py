@@ -1,6 +1,9 @@
 """Both transports behave alike over real sockets; gRPC's own wording becomes a sentence with the endpoint."""
 
 import asyncio
+import gc
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -135,3 +138,26 @@ def test_a_deadline_and_a_cancellation_end_a_hanging_answer() -> None:
 def test_a_coroutine_that_suspends_does_not_belong_on_the_blocking_transport() -> None:
     with pytest.raises(AssertionError, match="suspended"):
         run_blocking(asyncio.sleep(0))
+
+
+def test_a_client_that_nobody_closed_lets_its_process_end() -> None:
+    """With a stream left open and another read to its end, as in a script."""
+    with serve_in_thread(ScriptedInference(HELLO)) as served:
+        script = (
+            "from promoe import Client\n"
+            f"client = Client({served!r})\n"
+            "streams = [client.generate('hello', max_tokens=3) for _ in range(2)]\n"
+            "next(iter(streams[0]))\n"
+            "streams[1].finish()\n"
+        )
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_transport_that_is_forgotten_closes_its_channel() -> None:
+    transport = BlockingTransport("unix:/nowhere.sock")
+    closer = transport._closer
+    assert closer.alive
+    del transport
+    gc.collect()
+    assert not closer.alive
