@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -37,6 +38,9 @@ async def serve(config: ComputeConfig) -> None:
     node = ComputeNode(config)
     try:
         service = node.start(on_death=stop.set, loop=asyncio.get_running_loop())
+        # What was loaded stays: looking through it for garbage would hold a step up for a fifth of a second.
+        gc.collect()
+        gc.freeze()
         service.register(server.server)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
