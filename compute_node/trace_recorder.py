@@ -33,7 +33,7 @@ QUEUE_NBYTES: Final = 64 << 20
 BATCH_NBYTES: Final = 1 << 20
 """A batch is closed when it has so much; a step of many tokens becomes several."""
 
-_PAUSE_S: Final = 0.1
+_PAUSE_S: Final = 0.5
 """Steps that come within it travel together."""
 
 _EVENT_NBYTES: Final = 256
@@ -143,6 +143,7 @@ class Recording:
         self._lock = threading.Lock()
         self._queue: deque[_RecordedStep] = deque()
         self._queued_nbytes = 0
+        self._is_told = False
         self._beginning: TraceBeginning | None = None
         self._dropped_steps = 0
         # Of the engine thread. Nothing is kept before the first step begins.
@@ -206,9 +207,11 @@ class Recording:
         with self._lock:
             self._queue.append(step)
             self._queued_nbytes += step.nbytes
+            is_told, self._is_told = self._is_told, True
         self._current = _RecordedStep()
-        with suppress(RuntimeError):  # the loop is closed: nobody reads any more
-            self._loop.call_soon_threadsafe(self._wake.set)
+        if not is_told:
+            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                self._loop.call_soon_threadsafe(self._wake.set)
 
     # ------------------------------------------------------------------ event loop
 
@@ -248,6 +251,7 @@ class Recording:
                 steps.append(self._queue.popleft())
                 nbytes += steps[-1].nbytes
             self._queued_nbytes -= nbytes
+            self._is_told = bool(self._queue)
         return steps
 
     def _convert(self, steps: list[_RecordedStep], convert: Callable[[TraceBatch], _Converted]) -> list[_Converted]:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 _DEFAULT_ROWS: Final = 32
 _LOOK_S: Final = 0.1
-_SETTLED_S: Final = 0.5
-"""The last steps of the last answer have come when nothing came for so long."""
+_SETTLED_S: Final = 1.5
+"""The last steps of the last answer have come when nothing came for so long: a node sends a few together."""
 
 
 @dataclass(frozen=True)
