@@ -86,7 +86,7 @@ def test_generate_streams_the_answer_and_a_line_of_figures(run: Run, endpoint: s
     assert (ran.code, ran.out) == (0, "Hello\n")
     assert ran.err == (
         "2 tokens · 10.0 tokens/s · TTFT 500 ms · TPOT 100 ms · hit rate prefill 75.0 %, decode 75.0 % · "
-        "2.00 MiB moved\n"
+        "2.00 MiB waited for\n"
     )
     request = node.requests[0]
     assert [(m.role, m.content) for m in request.chat.messages] == [("user", "Why?")]

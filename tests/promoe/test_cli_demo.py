@@ -101,7 +101,7 @@ def test_an_expert_cache_that_was_not_used_is_a_failure(client: Client, node: Sc
 
 def test_figures_leave_out_what_there_is_not() -> None:
     usage = Usage(3, 1, 0.25, None, 0.0, ExpertUse(1, 1, 1 << 20, 0.0), NOTHING)
-    assert answer_figures(usage) == "1 tokens · TTFT 250 ms · hit rate prefill 50.0 %, decode – · 1.00 MiB moved"
+    assert answer_figures(usage) == "1 tokens · TTFT 250 ms · hit rate prefill 50.0 %, decode – · 1.00 MiB waited for"
     document = usage_document(usage)
     assert (document["tpot_s"], document["output_tokens"]) == (None, 1)
     assert document["decode"] == {"hits": 0, "misses": 0, "loaded_bytes": 0, "stall_s": 0.0, "hit_rate": None}

@@ -158,7 +158,7 @@ def test_packs_on_first_use_and_serves_every_command(shared: Up, checkpoint: Pat
 
     answer = home.run("generate", "Hello there", "-n", "8")
     assert answer.returncode == 0, answer.stderr
-    assert re.search(r"8 tokens .*TTFT .*TPOT .*hit rate prefill [\d.]+ %, decode [\d.]+ % .*moved", answer.stderr)
+    assert re.search(r"8 tokens .*TTFT .*TPOT .*hit rate prefill [\d.]+ %, decode [\d.]+ % .*waited for", answer.stderr)
     document = json.loads(home.run("generate", "Hello there", "-n", "8", "--json").stdout)
     assert document["text"] == answer.stdout.removesuffix("\n")
 

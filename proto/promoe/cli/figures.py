@@ -8,7 +8,7 @@ from promoe.node_report import CacheStats
 
 
 def answer_figures(usage: Usage) -> str:
-    """Tokens per second, TTFT, TPOT, hit rate by phase, and bytes moved, of one answer."""
+    """Tokens per second, TTFT, TPOT, hit rate by phase, and bytes compute had to wait for, of one answer."""
     parts = [f"{usage.output_tokens} tokens"]
     if usage.tpot_s:
         parts.append(f"{1 / usage.tpot_s:.1f} tokens/s")
@@ -16,7 +16,7 @@ def answer_figures(usage: Usage) -> str:
     if usage.tpot_s is not None:
         parts.append(f"TPOT {format_s(usage.tpot_s)}")
     parts.append(f"hit rate prefill {format_rate(usage.prefill.hit_rate)}, decode {format_rate(usage.decode.hit_rate)}")
-    parts.append(f"{format_nbytes(usage.prefill.loaded_bytes + usage.decode.loaded_bytes)} moved")
+    parts.append(f"{format_nbytes(usage.prefill.loaded_bytes + usage.decode.loaded_bytes)} waited for")
     return " · ".join(parts)
 
 
