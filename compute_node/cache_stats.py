@@ -93,6 +93,8 @@ class StepRecorder:
     phases: dict[Phase, PhaseCounters] = field(default_factory=lambda: {phase: PhaseCounters() for phase in Phase})
     # Demand loads that arrived since the last layer: what became urgent on its way was asked for as a prefetch.
     _demanded_nbytes: dict[int, int] = field(default_factory=dict, init=False)
+    # Counters of bytes that arrive ahead: to look one up by its labels takes longer than to count.
+    _ahead: dict[tuple[Phase, LoadReason], Counter] = field(default_factory=dict, init=False)
 
     def _count_step(self, spans: tuple[TokenSpan, ...]) -> None:
         for phase, counters in self.phases.items():
@@ -111,8 +113,11 @@ class StepRecorder:
         if event.reason is LoadReason.DEMAND:
             self._demanded_nbytes[event.expert.expert] = event.nbytes
         elif self.is_counting and self.ledger.spans:
-            phase = _phase_of(self.ledger.spans)
-            self.metrics.loaded_bytes.labels(phase.value, event.reason.value).inc(event.nbytes)
+            key = _phase_of(self.ledger.spans), event.reason
+            counter = self._ahead.get(key)
+            if counter is None:
+                counter = self._ahead[key] = self.metrics.loaded_bytes.labels(key[0].value, key[1].value)
+            counter.inc(event.nbytes)
 
     def record_layer(self, acquisition: Acquisition, ids_TK: np.ndarray) -> None:
         """Attributes one layer's hits, misses, bytes and stall.

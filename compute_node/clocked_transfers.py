@@ -79,7 +79,7 @@ class ClockedTransfers:
         clock: shared with whoever computes.
         link: what copies cost.
         chunks: how loads are cut, and how many chunks are handed over ahead.
-        copy: moves a chunk's bytes when its turn comes; None where there are none.
+        copy: moves bytes when their chunks' turn has come; None where there are none.
     """
 
     def __init__(
@@ -145,26 +145,32 @@ class ClockedTransfers:
     def catch_up(self) -> None:
         """Chooses every chunk whose turn came up to now."""
         now_s = self._clock()
-        if not self.queue:
-            self._decided_s = now_s
-            return
-        arrivals_s = self._arrivals_s
-        while (choice_s := self.next_choice_s()) <= now_s:
+        while self.next_choice_s() <= now_s and (load := self.queue.next_load()) is not None:
+            self._move(load, now_s)
+        self._decided_s = max(self._decided_s, now_s)
+
+    def _move(self, load: Load, now_s: float) -> None:
+        """The chunks of this load whose turn came up to now: nothing came in between that could change the order."""
+        arrivals_s, link = self._arrivals_s, self._link
+        chunk_nbytes = self.queue.settings.next_nbytes(load)
+        offset, busy_s, end_s = load.copied_nbytes, 0.0, 0.0
+        if offset == 0:
+            # As on a GPU: when it was handed over, though bytes before it may still be under way.
+            load.begin_s = self.next_choice_s()
+        while offset < load.nbytes and (choice_s := self.next_choice_s()) <= now_s:
             while arrivals_s and arrivals_s[0] <= choice_s:
                 arrivals_s.popleft()
-            chunk = self.queue.next_chunk()
-            if chunk is None:
-                break
-            self._decided_s = choice_s
+            nbytes = min(chunk_nbytes, load.nbytes - offset)
             begin_s = max(choice_s, arrivals_s[-1]) if arrivals_s else choice_s
-            end_s = begin_s + self._link.copy_s(chunk.nbytes)
+            end_s = begin_s + link.copy_s(nbytes)
             arrivals_s.append(end_s)
-            if chunk.offset == 0:
-                # As on a GPU: when it was handed over, though bytes before it may still be under way.
-                chunk.load.begin_s = choice_s
-            chunk.load.end_s = end_s
-            self.meter.add(chunk.nbytes, end_s - begin_s)
-            if self._copy is not None:
-                self._copy(chunk)
-            self.queue.issued(ClockedTicket(self._clock, end_s, self._link.wake_s))
-        self._decided_s = max(self._decided_s, now_s)
+            self._decided_s = choice_s
+            offset += nbytes
+            busy_s += end_s - begin_s
+        chunk = self.queue.next_chunk(offset - load.copied_nbytes)
+        assert chunk is not None, "the load is queued"
+        load.end_s = end_s
+        self.meter.add(chunk.nbytes, busy_s)
+        if self._copy is not None:
+            self._copy(chunk)
+        self.queue.issued(ClockedTicket(self._clock, end_s, link.wake_s))

@@ -60,18 +60,23 @@ def eviction_named(name: str) -> Eviction:
     return EVICTIONS[name]
 
 
-def scores_by(eviction: Eviction, history: ExpertHistory) -> Callable[[slice], Scores]:
-    """The policy's scores; estimates of the next use, which take the longest, only when the history has changed."""
-    if eviction is not next_use:
-        return lambda layers: eviction(history, layers)
-    known: Scores = np.zeros(0)
-    known_for: tuple[int, int, int] | None = None
+class ScoresBy:
+    """A policy's scores.
 
-    def score(layers: slice) -> Scores:
-        nonlocal known, known_for
-        wanted = (history.version, layers.start, layers.stop)
-        if wanted != known_for:
-            known, known_for = eviction(history, layers), wanted
-        return known
+    Args:
+        eviction: a row of the table.
+        history: what it looks at.
+    """
 
-    return score
+    def __init__(self, eviction: Eviction, history: ExpertHistory) -> None:
+        self._eviction = eviction
+        self._history = history
+
+    @property
+    def version(self) -> int:
+        """Changes whenever the scores may have."""
+        return self._history.version
+
+    def __call__(self, layers: slice) -> Scores:
+        """Of the experts of these layers, (layers, E)."""
+        return self._eviction(self._history, layers)

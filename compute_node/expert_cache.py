@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compute_node.acquisition import Acquisition
-from compute_node.eviction import eviction_named, scores_by
+from compute_node.eviction import ScoresBy, eviction_named
 from compute_node.expert_feed import ComputeMarks, ExpertFeed, FeedParts
 from compute_node.expert_history import ExpertHistory, FloatArray
 from compute_node.hint_inbox import HintInbox
@@ -113,7 +113,7 @@ class ExpertCache:
             slot_addresses,
             geometry,
             policy.slot_split,
-            scores_by(eviction_named(policy.eviction), self._history),
+            ScoresBy(eviction_named(policy.eviction), self._history),
             self._idle,
         )
         self._prefetcher = Prefetcher(policy, self._table, self._history, self._transfers, self._new_load)

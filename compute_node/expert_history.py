@@ -118,6 +118,7 @@ class ExpertHistory:
 
     def touched(self, layer: int, experts: Sequence[int]) -> None:
         """A hint names these experts of a layer; later ones of the list count as touched earlier (ProMoE §6.1)."""
+        self.version += 1
         for expert in reversed(experts):
             self._clock += 1
             self.last_touch_LE[layer, expert] = self._clock

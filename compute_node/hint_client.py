@@ -1,51 +1,47 @@
 """The predictor's best-effort client: observations go out, hints come in; late or dead means "no hint", counted.
 
-Nothing here makes the engine thread wait or fail.
+Nothing here makes the engine thread wait or fail. A session is held in one of two ways, with the same messages:
 
-    engine thread ── StepStart, LayerSample ─► bounded queue ─► gRPC's sending thread: waits for the copy, encodes
+    over a packet socket, where the service is on this host
+    engine thread ── StepStart, LayerSample ─► PacketCarrier ─► the service
+    engine thread ◄──── HintInbox ◄──── PacketCarrier, when the expert cache looks around ◄──── the service
+
+    over gRPC, elsewhere
+    engine thread ── StepStart, LayerSample ─► OutgoingQueue ─► gRPC's sending thread: waits for the copy, encodes
     engine thread ◄──── HintInbox ◄──── this client's thread: decodes, checks, puts ◄──── gRPC
 """
 
 import logging
 import random
+import select
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import version
+from pathlib import Path
 from typing import Final
 from uuid import uuid4
 
 import grpc
-import torch
-from google.protobuf.message import DecodeError
 
-from compute_node.expert_weights import TORCH_DTYPES
-from compute_node.hint_checks import fault_of
-from compute_node.hint_inbox import HintInbox, ReceivedHint
-from compute_node.hint_session import MAX_ROWS, HintSession, HintTraffic, OutgoingEvent
+from compute_node.conversation_client import Conversation, encode_event, hello_message
+from compute_node.hint_inbox import HintInbox
+from compute_node.hint_session import MAX_ROWS, HintSession, HintTraffic
 from compute_node.layer_sample import LayerSample, WantedSamples
-from promoe.errors import DeadlineExceeded, InvalidInput, ModelMismatch, PromoeError, Unavailable
+from compute_node.outgoing import OutgoingQueue
+from compute_node.packet_carrier import PacketCarrier
+from promoe.errors import DeadlineExceeded, ModelMismatch, PromoeError, Unavailable
 from promoe.hint import ObservedKind, PredictorVersion, RequestsEnded, StepStart
-from promoe.hint_wire import (
-    decode_hint,
-    decode_version,
-    encode_observation,
-    encode_raw_tensor,
-    encode_requests_ended,
-    encode_step_start,
-)
-from promoe.model_spec import Dtype, ModelSpec
+from promoe.model_spec import ModelSpec
+from promoe.packet_channel import LARGEST_PACKET_NBYTES, PacketChannel
 from promoe.rpc import CHANNEL_OPTIONS, INFO_DEADLINE_S, domain_error
-from promoe.trace_events import HintFate
 from promoe.v1 import model_pb2
 from promoe.v1 import predictor_pb2 as pb
 from promoe.v1 import predictor_pb2_grpc as pb_grpc
-from promoe.wire import SCHEMA_VERSION, check_schema, encode_spec
+from promoe.wire import SCHEMA_VERSION, check_schema
 
 logger = logging.getLogger(__name__)
-
-_DTYPES: Final = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 
 _MAX_RESPONSE_NBYTES: Final = 1 << 20
 
@@ -100,6 +96,9 @@ class HintClient:
         self._inbox = inbox
         self._patience = patience or Patience()
         self._retry_s = self._patience.first_retry_s
+        self._peer = f"The predictor at {endpoint}"
+        # An observation fits a packet, with room for its routing.
+        self._max_rows = max(1, min(MAX_ROWS, LARGEST_PACKET_NBYTES // 2 // (4 * spec.hidden_size)))
         self._info = model_pb2.ServiceInfo(
             version=version("promoe"), schema_version=SCHEMA_VERSION, instance_id=uuid4().hex
         )
@@ -111,6 +110,9 @@ class HintClient:
         self._has_connected = False
         self._closing = threading.Event()
         self._call: grpc.Call | None = None
+        self._channel: PacketChannel | None = None
+        self._carrier: PacketCarrier | None = None
+        inbox.look_for_more = self._look
         self._thread = threading.Thread(target=self._run, name="hint-client", daemon=True)
 
     @property
@@ -137,9 +139,11 @@ class HintClient:
     def close(self) -> None:
         """Ends the session; closing twice is allowed."""
         self._closing.set()
-        call = self._call
+        call, channel = self._call, self._channel
         if call is not None:
             call.cancel()
+        if channel is not None:
+            channel.shut_down()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -147,6 +151,7 @@ class HintClient:
 
     def begin_step(self, start: StepStart) -> WantedSamples | None:
         """See LayerSampler: what the active version wants of this step."""
+        self._look()
         session = self._sampling = self._session
         active = None if session is None else session.active
         if session is None or active is None:
@@ -158,8 +163,8 @@ class HintClient:
             routing=active.wants_routing,
         )
         if start.ended_request_ids:
-            session.send(RequestsEnded(start.ended_request_ids))
-        session.send(start)
+            session.outgoing.send(RequestsEnded(start.ended_request_ids))
+        session.outgoing.send(start)
         return wanted
 
     def take(self, sample: LayerSample) -> None:
@@ -167,23 +172,22 @@ class HintClient:
         session = self._sampling
         if session is not None:
             session.note_time(sample.step, sample.layer)
-            session.send(sample)
+            session.outgoing.send(sample)
+
+    def _look(self) -> None:
+        """A carrier without a thread of its own takes what came."""
+        carrier = self._carrier
+        if carrier is not None:
+            carrier.look()
 
     # ---- gRPC's sending thread ----
 
-    def _requests(self, hello: pb.PredictRequest, session: HintSession) -> Iterator[bytes]:
+    def _requests(self, outgoing: OutgoingQueue) -> Iterator[bytes]:
         """The stream's messages, until the session's end."""
-        yield hello.SerializeToString()
-        while (event := session.next_event()) is not None:
-            yield self._encode(event).SerializeToString()
-            session.num_sent += isinstance(event, LayerSample)
-
-    def _encode(self, event: OutgoingEvent) -> pb.PredictRequest:
-        if isinstance(event, LayerSample):
-            return pb.PredictRequest(observation=_encode_sample(event))
-        if isinstance(event, StepStart):
-            return pb.PredictRequest(step_start=encode_step_start(event))
-        return pb.PredictRequest(requests_ended=encode_requests_ended(event))
+        yield hello_message(self._info, self._spec, self._max_rows)
+        while (event := outgoing.next_event()) is not None:
+            yield encode_event(event)
+            outgoing.num_sent += isinstance(event, LayerSample)
 
     # ---- this client's thread ----
 
@@ -215,25 +219,40 @@ class HintClient:
         """
         try:
             with grpc.insecure_channel(self.endpoint, options=_CHANNEL_OPTIONS) as channel:
-                self._check_peer(channel)
-                self._follow(channel)
+                packet_socket = self._check_peer(channel)
+                packets = self._connect_packets(packet_socket) if packet_socket else None
+                if packets is None:
+                    self._follow_stream(channel)
+                    return
+            # Nothing of gRPC goes on beside the packets.
+            self._follow_packets(packets)
         except grpc.RpcError as error:
             raise domain_error(error) from error
 
-    def _check_peer(self, channel: grpc.Channel) -> None:
+    def _check_peer(self, channel: grpc.Channel) -> str:
+        """The path of the service's packet socket; empty for none."""
         call = pb_grpc.PredictorStub(channel).GetInfo.future(pb.PredictorGetInfoRequest(), timeout=INFO_DEADLINE_S)
         self._hold(call)
         try:
             info = call.result()
         except grpc.FutureCancelledError as error:
             raise Unavailable("This client was closed") from error
-        check_schema(info.service, f"The predictor at {self.endpoint}")
+        check_schema(info.service, self._peer)
         spec, model = self._spec, info.model
         if model.fingerprint != spec.fingerprint:
             raise ModelMismatch(
                 f"This node serves {spec.name} (fingerprint {spec.fingerprint}), but the predictor at {self.endpoint} "
                 f"is for {model.name} (fingerprint {model.fingerprint})."
             )
+        return info.packet_socket
+
+    def _connect_packets(self, path: str) -> PacketChannel | None:
+        """None where the service's socket cannot be reached, as from another container."""
+        try:
+            return PacketChannel.connect(Path(path), self._patience.welcome_s)
+        except Unavailable as error:
+            logger.info("The predictor is talked to over gRPC: %s.", error)
+            return None
 
     def _hold(self, call: grpc.Call) -> None:
         """`close` cancels it, before or after it looks."""
@@ -241,12 +260,45 @@ class HintClient:
         if self._closing.is_set():
             call.cancel()
 
-    def _follow(self, channel: grpc.Channel) -> None:
-        hello = pb.PredictHello(service=self._info, model=encode_spec(self._spec), max_rows=MAX_ROWS)
-        session = HintSession(self._spec.num_moe_layers)
+    def _follow_packets(self, channel: PacketChannel) -> None:
+        """Holds the session until it breaks, then raises why."""
+        carrier = PacketCarrier(channel, encode_event, lambda data: conversation.receive(data))
+        session = HintSession(self._spec.num_moe_layers, carrier)
+        conversation = Conversation(self._peer, self._spec, session, self._inbox)
+        try:
+            self._channel = channel
+            channel.send(hello_message(self._info, self._spec, self._max_rows))
+            while session.active is None and not self._closing.is_set():
+                message = channel.receive(max(0.001, self._patience.welcome_s - session.age_s))
+                if message is None:
+                    raise DeadlineExceeded(f"No welcome came within {self._patience.welcome_s:g} s.")
+                conversation.receive(message)
+            # From here on the channel is the engine thread's.
+            self._session, self._carrier = session, carrier
+            self._note_connected(session)
+            self._await_end(channel, session)
+        finally:
+            self._channel = self._carrier = None
+            failure = carrier.finish()
+            self._session, self._past = None, session.add_to(self._past)
+        raise failure
+
+    def _await_end(self, channel: PacketChannel, session: HintSession) -> None:
+        """Until the service or the carrier hangs up; what comes to be read is the engine thread's."""
+        poll = select.poll()
+        poll.register(channel.fileno(), select.POLLRDHUP)
+        until_settled_s = self._patience.settled_s - session.age_s
+        if until_settled_s <= 0 or not poll.poll(until_settled_s * 1e3):
+            self._note_connected(session)
+            poll.poll()
+
+    def _follow_stream(self, channel: grpc.Channel) -> None:
+        outgoing = OutgoingQueue()
+        session = HintSession(self._spec.num_moe_layers, outgoing)
+        conversation = Conversation(self._peer, self._spec, session, self._inbox)
         predict: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_PREDICT)
         # No deadline: a session lasts as long as both sides; keepalive notices a dead peer.
-        call = predict(self._requests(pb.PredictRequest(hello=hello), session))
+        call = predict(self._requests(outgoing))
         self._hold(call)
         unwelcome = threading.Timer(self._patience.welcome_s, call.cancel)
         unwelcome.start()
@@ -255,7 +307,7 @@ class HintClient:
             for data in call:
                 if self._closing.is_set():
                     return
-                self._receive(session, data)
+                conversation.receive(data)
                 if session.active is not None:
                     unwelcome.cancel()
                     self._note_connected(session)
@@ -267,34 +319,8 @@ class HintClient:
             unwelcome.cancel()
             self._call = None
             self._session, self._past = None, session.add_to(self._past)
-            session.end()
+            outgoing.end()
             call.cancel()
-
-    def _receive(self, session: HintSession, data: bytes) -> None:
-        """Takes one message; raises PromoeError for what ends the session."""
-        try:
-            response = pb.PredictResponse.FromString(data)
-        except DecodeError as error:
-            raise InvalidInput(f"The predictor sends what cannot be decoded: {error}.") from error
-        session.charge(1 + len(response.hints.hints))
-        if response.HasField("welcome"):
-            check_schema(response.welcome.service, f"The predictor at {self.endpoint}")
-            _welcome(session, response.welcome)
-            return
-        for message in response.hints.hints:
-            self._receive_hint(session, message)
-
-    def _receive_hint(self, session: HintSession, message: pb.Hint) -> None:
-        try:
-            hint = decode_hint(message)
-        except ValueError as error:
-            session.refuse(HintFate.INVALID, str(error))
-            return
-        fault = fault_of(hint, self._spec.num_moe_layers, self._spec.num_experts, session.announced)
-        if fault is not None:
-            session.refuse(fault, f"{hint.version}, layer {hint.layer}, experts {hint.experts[:8]}")
-            return
-        self._inbox.put(ReceivedHint(hint, session.latency_s(hint.observed_step, hint.observed_layer)))
 
     # ---- what is said of it ----
 
@@ -317,24 +343,3 @@ class HintClient:
         self._said = type(error)
         reason = str(error).rstrip(".")
         logger.warning("The predictor at %s is away: %s. The expert cache only reacts.", self.endpoint, reason)
-
-
-def _encode_sample(sample: LayerSample) -> pb.Observation:
-    """Waits for the copy; hidden states go out as they are, without a detour over float32."""
-    message = encode_observation(sample.observation(), Dtype.FLOAT32)
-    if sample.hidden is not None:
-        hidden_RD = sample.hidden.wait().contiguous()
-        data = hidden_RD.view(torch.uint8).numpy().tobytes()
-        message.hidden.CopyFrom(encode_raw_tensor(data, hidden_RD.shape, _DTYPES[hidden_RD.dtype]))
-    return message
-
-
-def _welcome(session: HintSession, message: pb.PredictWelcome) -> None:
-    """Raises InvalidInput for a welcome that cannot be understood."""
-    try:
-        active = decode_version(message.active)
-    except ValueError as error:
-        raise InvalidInput(f"The predictor's welcome cannot be understood: {error}.") from error
-    if message.max_rows == 0:
-        raise InvalidInput("The predictor's welcome wants no rows at all.")
-    session.welcome(active, message.max_rows)

@@ -1,6 +1,7 @@
 """Where hints wait for the engine thread: filled by the hint client, emptied at the points where slots are decided."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from promoe.hint import Hint
@@ -22,6 +23,9 @@ class HintInbox:
 
     Args:
         capacity: hints that wait at most.
+
+    Attributes:
+        look_for_more: called before the inbox is drained, on the thread that drains it: fetches what nobody brings.
     """
 
     def __init__(self, capacity: int = 1024) -> None:
@@ -29,6 +33,7 @@ class HintInbox:
         self._waiting: deque[ReceivedHint] = deque()
         self._capacity = capacity
         self._num_overflowed = 0
+        self.look_for_more: Callable[[], None] | None = None
 
     @property
     def num_overflowed(self) -> int:
@@ -47,6 +52,8 @@ class HintInbox:
 
     def drain(self) -> list[ReceivedHint]:
         """Takes everything, oldest first."""
+        if self.look_for_more is not None:
+            self.look_for_more()
         waiting = self._waiting
         if not waiting:
             return []

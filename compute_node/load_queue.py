@@ -64,10 +64,14 @@ class Chunk:
 
 
 class LoadQueue:
-    """Loads that are not wholly on the link. `next_chunk` and `issued` (or `failed`) alternate."""
+    """Loads that are not wholly on the link. `next_chunk` and `issued` (or `failed`) alternate.
+
+    Attributes:
+        settings: how loads are cut.
+    """
 
     def __init__(self, settings: ChunkSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._demand: OrderedDict[Load, None] = OrderedDict()
         # Entries of `_by_rank` that `_others` does not know (any more, or with this number) are dead.
         self._others: dict[Load, int] = {}
@@ -129,10 +133,25 @@ class LoadQueue:
                 self._take_out(load)
                 load.state = LoadState.PAUSED
 
-    def next_chunk(self) -> Chunk | None:
-        """Which load moves next and how much of it; None when nothing is queued."""
+    def next_load(self) -> Load | None:
+        """Whose turn it is; None when nothing is queued."""
+        if self._demand:
+            return next(iter(self._demand))
+        while self._by_rank:
+            _, number, load = self._by_rank[0]
+            if self._others.get(load) == number:
+                return load
+            heapq.heappop(self._by_rank)
+        return None
+
+    def next_chunk(self, nbytes: int | None = None) -> Chunk | None:
+        """Which load moves next and how much of it; None when nothing is queued.
+
+        Args:
+            nbytes: of several chunks in a row, where nothing can come between them.
+        """
         assert self._chunk is None, "one chunk after the other"
-        load = self._first()
+        load = self.next_load()
         if load is None:
             return None
         begins = load is not self._moving
@@ -140,7 +159,9 @@ class LoadQueue:
             self._moving.state = LoadState.QUEUED
         self._moving = load
         load.state = LoadState.COPYING
-        self._chunk = Chunk(load, load.reason, load.copied_nbytes, self._settings.next_nbytes(load), begins)
+        if nbytes is None:
+            nbytes = self.settings.next_nbytes(load)
+        self._chunk = Chunk(load, load.reason, load.copied_nbytes, nbytes, begins)
         return self._chunk
 
     def issued(self, ticket: CopyTicket) -> bool:
@@ -181,16 +202,6 @@ class LoadQueue:
             assert load.state is LoadState.QUEUED or load is self._moving, "one load is being copied"
         living = {load for _, number, load in self._by_rank if self._others.get(load) == number}
         assert living == set(self._others), "every prefetch has its place in the order"
-
-    def _first(self) -> Load | None:
-        if self._demand:
-            return next(iter(self._demand))
-        while self._by_rank:
-            _, number, load = self._by_rank[0]
-            if self._others.get(load) == number:
-                return load
-            heapq.heappop(self._by_rank)
-        return None
 
     def _drop_dead_entries(self) -> None:
         if len(self._by_rank) > 2 * len(self._others) + DEAD_ENTRIES_KEPT:

@@ -5,8 +5,7 @@ link, what it carries until the next look, so that better knowledge can still ch
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -39,8 +38,7 @@ LEAST_STREAMED_PROBABILITY: Final = 0.5
 FEWEST_QUEUED_BLOBS: Final = 2
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """An expert that may be loaded for a coming visit. The smallest rank is loaded first."""
 
     expert: ExpertId
@@ -200,19 +198,34 @@ class Prefetcher:
         # Not what the link says is queued: that depends on how far it happens to be with the chunk under way.
         queued_nbytes = len(self._loading) * self._blob_nbytes
         self.pace.looked_at_link(queued_nbytes > 0)
-        room_nbytes = self._room_nbytes() - queued_nbytes
-        if room_nbytes <= 0:
+        full_nbytes = self._room_nbytes()
+        room_nbytes = full_nbytes - queued_nbytes
+        if 2 * room_nbytes < full_nbytes:
+            # Several at a time: every look at the candidates takes time from compute.
             return
         if self._exhausted_version == self._history.version:
             # Since the last look, which found nothing more to load, nothing was learned.
             return
+        # The slot that is worth least is not worth it for a likelier expert, so it is not for this one. A victim that
+        # has gone makes way for one that is worth more.
+        refused: dict[int, float] = {}
+        started: list[Load] = []
         for candidate in self._candidates():
-            if not self._start(candidate):
+            pool = self._table.pool_of(candidate.expert.layer)
+            if candidate.probability <= refused.get(pool, -1.0):
                 continue
-            room_nbytes -= self._blob_nbytes
-            if room_nbytes <= 0:
-                return
-        self._exhausted_version = self._history.version
+            load = self._start(candidate)
+            if load is not None:
+                started.append(load)
+                room_nbytes -= self._blob_nbytes
+                if room_nbytes <= 0:
+                    break
+            elif self._table.find(candidate.expert) is None:
+                refused[pool] = candidate.probability
+        else:
+            self._exhausted_version = self._history.version
+        if started:
+            self._transfers.submit(started)
 
     def _room_nbytes(self) -> float:
         until_next_look_nbytes = self.link_bytes_per_s * (self.pace.layer_s or 0.0)
@@ -292,23 +305,23 @@ class Prefetcher:
         """Visits in the order they will happen; within one by `fraction`, from 0 to 1."""
         return self.book.step * self._history.num_layers + self.book.layer + distance + 0.999 * fraction
 
-    def _start(self, candidate: Candidate) -> bool:
-        """False when the expert is there already, or no slot is worth less."""
+    def _start(self, candidate: Candidate) -> Load | None:
+        """A load to be submitted; None when the expert is there already, or no slot is worth less."""
         expert = candidate.expert
         slot = self._table.find(expert)
         if slot is None:
             slot = self._table.take(expert.layer, self._is_worth(candidate))
             if slot is None:
-                return False
+                return None
             try:
                 load = self._new_load(expert, slot)
             except Unavailable:
                 self._table.give_back(slot)
-                return False
+                return None
             self._table.place(slot, load)
             self._history.loaded(expert, is_needed=False)
         elif slot.kept_nbytes is None or slot.pins:
-            return False
+            return None
         assert slot.load is not None, "a LOADING slot has a load"
         slot.load.reason, slot.load.rank = candidate.reason, candidate.rank
         slot.is_speculative, slot.is_streamed = True, candidate.reason is LoadReason.STREAM
@@ -316,9 +329,8 @@ class Prefetcher:
             self.counters.streamed_nbytes += self._blob_nbytes - (slot.kept_nbytes or 0)
         slot.kept_nbytes = None
         self._loading[expert] = slot
-        self._transfers.submit([slot.load])
         self._table.update(slot)
-        return True
+        return slot.load
 
     def _is_worth(self, candidate: Candidate) -> Callable[[ExpertId], bool] | None:
         """Whether a load now is worth the expert that has to go; None: always.

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import numpy as np
 
@@ -82,6 +83,25 @@ class Slot:
     kept_nbytes: int | None = None
 
 
+class Scoring(Protocol):
+    """What experts are worth."""
+
+    @property
+    def version(self) -> int:
+        """Changes whenever scores may have, but for that of an expert that is being loaded."""
+
+    def __call__(self, layers: slice) -> Scores:
+        """Of the experts of these layers, (layers, E)."""
+
+
+@dataclass(frozen=True)
+class _Victims:
+    """Numbers of experts in their pool, worth least last."""
+
+    version: int
+    order: list[int]
+
+
 class SlotTable:
     """All slots of a cache.
 
@@ -103,7 +123,7 @@ class SlotTable:
         addresses: Sequence[int],
         geometry: CacheGeometry,
         split: SlotSplit,
-        score: Callable[[slice], Scores],
+        score: Scoring,
         idle: CopyTicket,
     ) -> None:
         assert len(addresses) == geometry.num_slots, "every layer has its slots"
@@ -116,6 +136,8 @@ class SlotTable:
         self._free = [self.slots[pool * share : (pool + 1) * share][::-1] for pool in range(num_pools)]
         self.slot_of: list[dict[int, Slot]] = [{} for _ in range(geometry.num_layers)]
         self._may_go_LE = np.zeros((geometry.num_layers, geometry.num_experts), dtype=bool)
+        # By pool: what may be given up, worth most first, as of one version of the scores; see `_least_worth`.
+        self._victims: dict[int, _Victims] = {}
         self.evictions = Counter[int]()
         self.on_given_up: Callable[[Slot], None] = lambda slot: None
 
@@ -138,21 +160,20 @@ class SlotTable:
             layer: whose expert it is for.
             may_go: whether the one worth least may be given up for this; None: it may.
         """
-        pool = layer if self._split is SlotSplit.LAYER else 0
+        pool = self.pool_of(layer)
         if self._free[pool]:
             return self._free[pool].pop()
-        layers = slice(layer, layer + 1) if self._split is SlotSplit.LAYER else slice(0, self.geometry.num_layers)
-        scores_LE = np.where(self._may_go_LE[layers], self._score(layers), np.inf)
-        place = int(scores_LE.argmin())
-        if scores_LE.item(place) == np.inf:
-            return None
-        victim = ExpertId(layers.start + place // self.geometry.num_experts, place % self.geometry.num_experts)
-        if may_go is not None and not may_go(victim):
+        victim = self._least_worth(pool)
+        if victim is None or (may_go is not None and not may_go(victim)):
             return None
         slot = self.slot_of[victim.layer][victim.expert]
         self.forget(slot)
         self.evictions[victim.layer] += 1
         return self._free[pool].pop()
+
+    def pool_of(self, layer: int) -> int:
+        """The slots that this layer's experts may use, as a number."""
+        return layer if self._split is SlotSplit.LAYER else 0
 
     def may_use(self, layer: int, slot: Slot) -> bool:
         """Whether the slot can hold this layer's experts."""
@@ -223,7 +244,11 @@ class SlotTable:
         """Notes whether the slot may be given up; call it when its load was paused or goes on."""
         assert slot.expert is not None, "a FREE slot is not given up"
         is_still = slot.state is SlotState.READY or slot.kept_nbytes is not None
-        self._may_go_LE[slot.expert] = is_still and slot.pins == 0
+        may_go = is_still and slot.pins == 0
+        if may_go and not self._may_go_LE[slot.expert]:
+            # It may be worth less than those whose order is known.
+            self._victims.pop(self._pool_of(slot), None)
+        self._may_go_LE[slot.expert] = may_go
 
     def states_LE(self) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
         """By layer and expert: 1 resident, 2 loading, 0 neither."""
@@ -252,6 +277,27 @@ class SlotTable:
                 assert slot.expert == ExpertId(layer, expert), f"the index says what slot {slot.index} holds"
                 assert self._split is SlotSplit.GLOBAL or self._pool_of(slot) == layer, "slots keep to their layer"
         assert int(self._may_go_LE.sum()) <= len(self.slots), "only what is in a slot can be given up"
+
+    def _least_worth(self, pool: int) -> ExpertId | None:
+        """Of the pool's experts that may be given up; None when there are none.
+
+        Sorted once for several: an order holds as long as the scores do and nothing more may be given up.
+        """
+        layers = slice(pool, pool + 1) if self._split is SlotSplit.LAYER else slice(0, self.geometry.num_layers)
+        victims = self._victims.get(pool)
+        if victims is None or victims.version != self._score.version:
+            may_go_N = self._may_go_LE[layers].ravel().nonzero()[0]
+            scores_N = self._score(layers).ravel()[may_go_N]
+            # Equal scores in the order of their experts.
+            order = may_go_N[scores_N.argsort(kind="stable")][::-1].tolist()
+            victims = self._victims[pool] = _Victims(self._score.version, order)
+        width = self.geometry.num_experts
+        while victims.order:
+            victim = ExpertId(layers.start + victims.order[-1] // width, victims.order[-1] % width)
+            if self._may_go_LE[victim]:
+                return victim
+            victims.order.pop()
+        return None
 
     def _pool_of(self, slot: Slot) -> int:
         return slot.index // self.geometry.slots_per_layer if self._split is SlotSplit.LAYER else 0

@@ -16,17 +16,22 @@ os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
 from predictor_service.choice import choose_predictor
 from predictor_service.config import PredictorConfig
 from predictor_service.metrics import metrics_page
+from predictor_service.packet_server import PacketServer
 from predictor_service.predictor import PredictorSource
 from predictor_service.service import SERVICE_NAME, PredictorService
 from predictor_service.session_book import SessionLimits
 from promoe.config import LogConfig, Settings, SettingUnfit
-from promoe.errors import PromoeError, Unavailable, exit_status
+from promoe.errors import PromoeError, ResourceExhausted, Unavailable, exit_status
 from promoe.pack_manifest import PackManifest
+from promoe.packet_channel import packet_path
 from promoe.telemetry import configure_logging
 from promoe.threaded_rpc import ThreadedRpcServer
 
 logger = logging.getLogger("predictor_service")
 
+
+_SPARE_CONNECTIONS: Final = 4
+"""For nodes that are told that there are as many sessions as there may be."""
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -43,12 +48,30 @@ def serve(config: PredictorConfig) -> None:
         server = ThreadedRpcServer((SERVICE_NAME,), config.max_sessions)
         service.register(server.server)
         endpoint = _listen(server, config.listen)
+        packets = _open_packets(service, endpoint, config.max_sessions)
         server.start()
         server.set_serving(True)
         logger.info("Predicting %s with %s at %s.", spec.name, predictor.version.version, endpoint)
         signal.sigwait(_STOP_SIGNALS)
         service.end_streams(Unavailable("The predictor service is shutting down."))
+        if packets is not None:
+            packets.close()
         server.stop(config.drain_deadline_s)
+
+
+def _open_packets(service: PredictorService, endpoint: str, max_sessions: int) -> PacketServer | None:
+    """Beside a unix socket of gRPC; nodes of this host talk to it without gRPC. Without it they have the stream."""
+    path = packet_path(endpoint)
+    if path is None:
+        return None
+    try:
+        packets = PacketServer(path, service.converse, max_sessions + _SPARE_CONNECTIONS)
+    except ResourceExhausted as error:
+        logger.warning("Nodes are talked to over gRPC only: %s", error)
+        return None
+    service.packet_socket = str(path)
+    packets.start()
+    return packets
 
 
 def _listen(server: ThreadedRpcServer, asked: str) -> str:

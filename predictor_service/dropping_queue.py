@@ -32,6 +32,14 @@ class DroppingQueue(Generic[_Item]):
         self._failure: Exception | None = None
         self.num_dropped = 0
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def is_closed(self) -> bool:
+        """Nothing more is taken in."""
+        return self._is_closed
+
     def put(self, item: _Item, droppable: bool) -> None:
         """Adds one, behind the others; forgotten when the queue is closed."""
         with self._changed:

@@ -1,22 +1,25 @@
-"""The gRPC face of the predictor service: decode, call the session, encode. A stream has two threads.
+"""The face of the predictor service: decode, call the session, encode; over gRPC, or over a packet socket.
 
-gRPC's thread   reads requests ──▶ DroppingQueue ──▶ the call's own thread: decodes, predicts, answers
+A gRPC stream has two threads, a packet connection has one, which reads everything that waits before it goes on:
+
+    gRPC's thread   reads requests ──▶ DroppingQueue ──▶ the call's own thread: decodes, predicts, answers
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import Final
 from uuid import uuid4
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from predictor_service.dropping_queue import DroppingQueue
 from predictor_service.predictor import Predictor
 from predictor_service.session import Session
-from predictor_service.session_book import PredictorStats, SessionBook, SessionLimits
-from promoe.errors import InvalidInput, ModelMismatch, Unavailable
-from promoe.hint import Hint
+from predictor_service.session_book import OpenSession, PredictorStats, SessionBook, SessionLimits
+from promoe.errors import InvalidInput, ModelMismatch, PromoeError, Unavailable, code_of
 from promoe.hint_wire import (
     decode_observation,
     decode_requests_ended,
@@ -25,6 +28,8 @@ from promoe.hint_wire import (
     encode_version,
 )
 from promoe.model_spec import ModelSpec
+from promoe.packet_channel import PacketChannel
+from promoe.threaded_rpc import told
 from promoe.v1 import model_pb2
 from promoe.v1 import predictor_pb2 as pb
 from promoe.v1 import predictor_pb2_grpc as pb_grpc
@@ -40,9 +45,13 @@ class PredictorService(pb_grpc.PredictorServicer):
         spec: the model whose experts are predicted.
         predictor: makes all hints.
         limits: what one session and all together may use.
+
+    Attributes:
+        packet_socket: path of the socket on which `converse` is served; empty where there is none.
     """
 
     def __init__(self, spec: ModelSpec, predictor: Predictor, limits: SessionLimits) -> None:
+        self.packet_socket = ""
         self._sessions = SessionBook[pb.PredictRequest](spec, predictor, limits)
         self._info = model_pb2.ServiceInfo(
             version=version("promoe"), schema_version=SCHEMA_VERSION, instance_id=uuid4().hex
@@ -68,6 +77,7 @@ class PredictorService(pb_grpc.PredictorServicer):
             service=self._info,
             model=encode_spec(self._sessions.spec),
             active=encode_version(self._sessions.predictor.version),
+            packet_socket=self.packet_socket,
         )
 
     def Stats(self, request: pb.PredictorStatsRequest, context: grpc.ServicerContext) -> pb.PredictorStatsResponse:
@@ -87,25 +97,47 @@ class PredictorService(pb_grpc.PredictorServicer):
         self, request_iterator: Iterator[pb.PredictRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.PredictResponse]:
         """One node's session: from its hello until either side ends the stream."""
-        hello = self._read_hello(request_iterator)
-        max_rows = min(hello.max_rows, self._sessions.limits.max_rows)
-        with self._sessions.opened(hello.service.instance_id, max_rows) as entry:
-            yield pb.PredictResponse(
-                welcome=pb.PredictWelcome(
-                    service=self._info, active=encode_version(self._sessions.predictor.version), max_rows=max_rows
-                )
-            )
+        hello = next(request_iterator, None)
+        with self._opened(hello) as entry:
+            yield self._welcome(entry)
             reader = threading.Thread(
                 target=_read_events, args=(request_iterator, entry.waiting), name="read", daemon=True
             )
             reader.start()
             while (event := entry.waiting.get()) is not None:
-                hints = _handle(entry.session, event)
-                if hints:
-                    yield pb.PredictResponse(hints=pb.Hints(hints=[encode_hint(hint) for hint in hints]))
+                response = _handle(entry.session, event)
+                if response is not None:
+                    yield response
 
-    def _read_hello(self, requests: Iterator[pb.PredictRequest]) -> pb.PredictHello:
-        first = next(requests, None)
+    def converse(self, channel: PacketChannel) -> None:
+        """The same session, a message per packet; its end is a message, too."""
+        try:
+            self._converse(channel)
+        except Exception as error:  # the process edge of every connection
+            status, text = told(error, f"{SERVICE_NAME}/packets")
+            _send(channel, pb.PredictResponse(end=pb.SessionEnd(status_code=code_of(status), reason=text)))
+            if status is grpc.StatusCode.INTERNAL and not isinstance(error, PromoeError):
+                raise
+
+    def _converse(self, channel: PacketChannel) -> None:
+        with self._opened(_decode(channel.receive(None))) as entry:
+            _send(channel, self._welcome(entry))
+            while (event := _await_event(channel, entry.waiting)) is not None:
+                response = _handle(entry.session, event)
+                if response is not None:
+                    _send(channel, response)
+
+    def _opened(self, first: pb.PredictRequest | None) -> AbstractContextManager[OpenSession[pb.PredictRequest]]:
+        hello = self._check_hello(first)
+        max_rows = min(hello.max_rows, self._sessions.limits.max_rows)
+        return self._sessions.opened(hello.service.instance_id, max_rows)
+
+    def _welcome(self, entry: OpenSession[pb.PredictRequest]) -> pb.PredictResponse:
+        active = encode_version(self._sessions.predictor.version)
+        welcome = pb.PredictWelcome(service=self._info, active=active, max_rows=entry.session.max_rows)
+        return pb.PredictResponse(welcome=welcome)
+
+    def _check_hello(self, first: pb.PredictRequest | None) -> pb.PredictHello:
         if first is None or first.WhichOneof("event") != "hello":
             raise InvalidInput("The first message of Predict must be a hello.")
         hello = first.hello
@@ -126,21 +158,55 @@ def _read_events(requests: Iterator[pb.PredictRequest], waiting: DroppingQueue[p
     """Moves what comes into the queue, until the node ends the stream, breaks off or vanishes."""
     try:
         for request in requests:
-            waiting.put(request, droppable=request.WhichOneof("event") == "observation")
+            _put(waiting, request)
     except grpc.RpcError:  # the call is over
         pass
     finally:
         waiting.close()
 
 
-def _handle(session: Session, request: pb.PredictRequest) -> Sequence[Hint]:
+def _await_event(channel: PacketChannel, waiting: DroppingQueue[pb.PredictRequest]) -> pb.PredictRequest | None:
+    """The next one; everything that has come goes through the queue, so that what is too old is dropped."""
+    try:
+        data = None if waiting.is_closed else channel.receive(0 if len(waiting) else None)
+        while data is not None:
+            _put(waiting, _decode(data))
+            data = channel.receive(0)
+    except Unavailable:  # the node has left, or the service is shutting down
+        waiting.close()
+    return waiting.get()
+
+
+def _put(waiting: DroppingQueue[pb.PredictRequest], request: pb.PredictRequest) -> None:
+    waiting.put(request, droppable=request.WhichOneof("event") == "observation")
+
+
+def _decode(data: bytes | None) -> pb.PredictRequest:
+    assert data is not None, "it was waited for"
+    try:
+        return pb.PredictRequest.FromString(data)
+    except DecodeError as error:
+        raise InvalidInput("A packet is no message of Predict.") from error
+
+
+def _send(channel: PacketChannel, response: pb.PredictResponse) -> None:
+    """A node that does not read, or is gone, is told nothing: what it would be told is late already."""
+    try:
+        channel.send(response.SerializeToString())
+    except Unavailable:
+        return
+
+
+def _handle(session: Session, request: pb.PredictRequest) -> pb.PredictResponse | None:
     match request.WhichOneof("event"):
         case "observation":
-            return session.observe(decode_observation(request.observation))
+            hints = session.observe(decode_observation(request.observation))
+            if hints:
+                return pb.PredictResponse(hints=pb.Hints(hints=[encode_hint(hint) for hint in hints]))
         case "step_start":
             session.begin_step(decode_step_start(request.step_start))
         case "requests_ended":
             session.end_requests(decode_requests_ended(request.requests_ended).request_ids)
         case _:
             raise InvalidInput("After the hello, a node sends steps, observations and ended requests only.")
-    return ()
+    return None

@@ -44,6 +44,9 @@ class Session:
         predictor: makes the hints.
         max_rows: rows an observation may have.
 
+    Attributes:
+        max_rows: see above.
+
     Raises:
         InternalError: the plug-in failed.
     """
@@ -53,7 +56,7 @@ class Session:
         self.counters = SessionCounters()
         self._spec = spec
         self._version = predictor.version
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self._step = 0
         self._predictions = self._guarded(predictor.open_session)
 
@@ -98,10 +101,10 @@ class Session:
             raise InvalidInput(
                 f"An observation is of MoE layer {observation.layer}; {spec.name} has {spec.num_moe_layers}."
             )
-        if num_rows > self._max_rows or any(row >= observation.num_tokens for row in observation.rows):
+        if num_rows > self.max_rows or any(row >= observation.num_tokens for row in observation.rows):
             raise InvalidInput(
-                f"An observation has {num_rows} rows {observation.rows[: self._max_rows]} of {observation.num_tokens} "
-                f"tokens; allowed: {self._max_rows} rows, each a token of the step."
+                f"An observation has {num_rows} rows {observation.rows[: self.max_rows]} of {observation.num_tokens} "
+                f"tokens; allowed: {self.max_rows} rows, each a token of the step."
             )
         hidden_RD = observation.hidden_RD
         wants_hidden = self._version.observed is not ObservedKind.NONE

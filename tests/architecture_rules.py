@@ -31,6 +31,7 @@ PROCESS_EDGES: Final = frozenset(
         ("proto/promoe/threaded_rpc.py", "guarded"),
         # Every call of a predictor plug-in, which may be anybody's: it ends its session, never the service.
         ("predictor_service/session.py", "_guarded"),
+        ("predictor_service/service.py", "converse"),
     }
 )
 """File and function of each `except Exception` that does not raise again."""

@@ -2,8 +2,10 @@
 
 import queue
 import signal
+import socket
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Self
 import grpc
 import numpy as np
 
-from promoe.errors import Unavailable
+from promoe.errors import Unavailable, error_of_code
 from promoe.hint import Float32Array, IdArray, LayerRouting, Observation, StepSpan, StepStart
 from promoe.hint_wire import encode_observation, encode_step_start
 from promoe.model_spec import Dtype
@@ -35,11 +37,18 @@ class RunningPredictor:
         folder: the socket is `folder/predictor.sock`, the log `folder/predictor.log` (appended).
         settings: further `predictor.key=value` texts.
         environment: of the process, if not ours.
+        packets: `node` talks over the packet socket.
     """
 
     def __init__(
-        self, pack_dir: Path, folder: Path, *settings: str, environment: Mapping[str, str] | None = None
+        self,
+        pack_dir: Path,
+        folder: Path,
+        *settings: str,
+        environment: Mapping[str, str] | None = None,
+        packets: bool = False,
     ) -> None:
+        self.packets = packets
         self.log = folder / "predictor.log"
         self.endpoint = f"unix:{folder / 'predictor.sock'}"
         command = [sys.executable, "-m", "predictor_service"]
@@ -87,16 +96,23 @@ class RunningPredictor:
     @contextmanager
     def node(self, name: str = "node", max_rows: int = 8) -> Iterator["PredictStream"]:
         """A connected node's stream; cancelled at the end of the block."""
-        with grpc.insecure_channel(self.endpoint, options=CHANNEL_OPTIONS) as channel:
-            stream = PredictStream(channel)
-            try:
-                spec = self.get_info().model
-                service = model_pb2.ServiceInfo(version="0", schema_version=SCHEMA_VERSION, instance_id=name)
-                stream.send(pb.PredictRequest(hello=pb.PredictHello(service=service, model=spec, max_rows=max_rows)))
-                stream.welcome = stream.receive().welcome
-                yield stream
-            finally:
-                stream.cancel()
+        with self.open_stream() as stream:
+            spec = self.get_info().model
+            service = model_pb2.ServiceInfo(version="0", schema_version=SCHEMA_VERSION, instance_id=name)
+            stream.send(pb.PredictRequest(hello=pb.PredictHello(service=service, model=spec, max_rows=max_rows)))
+            stream.welcome = stream.receive().welcome
+            yield stream
+
+    @contextmanager
+    def open_stream(self) -> Iterator["PredictStream"]:
+        """Without a hello; cancelled at the end of the block."""
+        stream: PredictStream = (
+            PacketStream(self.get_info().packet_socket) if self.packets else GrpcStream(self.endpoint)
+        )
+        try:
+            yield stream
+        finally:
+            stream.cancel()
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, f"the predictor service ended:\n{self.log.read_text()}"
@@ -107,17 +123,31 @@ class RunningPredictor:
         return True
 
 
-class PredictStream:
-    """A Predict call, raw: whatever is sent goes out, whatever comes is handed on."""
+class PredictStream(ABC):
+    """A session, raw: whatever is sent goes out, whatever comes is handed on."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
-        self.welcome = pb.PredictWelcome()
-        self._requests: queue.SimpleQueue[pb.PredictRequest | None] = queue.SimpleQueue()
-        self._call = pb_grpc.PredictorStub(channel).Predict(iter(self._requests.get, None))
+    welcome = pb.PredictWelcome()
 
+    @abstractmethod
     def send(self, request: pb.PredictRequest) -> None:
-        """Queues one message."""
-        self._requests.put(request)
+        """Sends one message."""
+
+    @abstractmethod
+    def receive(self) -> pb.PredictResponse:
+        """The next message.
+
+        Raises:
+            PromoeError: the session failed.
+            StopIteration: the service ended it.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Sends no more; the service ends the stream when it has handled what came."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Vanishes."""
 
     def begin_step(self, step: int, *spans: StepSpan) -> None:
         """One request's decoded token, unless other spans are given."""
@@ -128,26 +158,64 @@ class PredictStream:
         """Sends an observation, hidden states in float32."""
         self.send(pb.PredictRequest(observation=encode_observation(observation, Dtype.FLOAT32)))
 
-    def receive(self) -> pb.PredictResponse:
-        """The next message.
 
-        Raises:
-            PromoeError: the call failed.
-            StopIteration: the service ended it.
-        """
+class GrpcStream(PredictStream):
+    """A Predict call."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._channel = grpc.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        self._requests: queue.SimpleQueue[pb.PredictRequest | None] = queue.SimpleQueue()
+        self._call = pb_grpc.PredictorStub(self._channel).Predict(iter(self._requests.get, None))
+
+    def send(self, request: pb.PredictRequest) -> None:
+        self._requests.put(request)
+
+    def receive(self) -> pb.PredictResponse:
         try:
             return next(self._call)
         except grpc.RpcError as error:
             raise domain_error(error) from error
 
     def finish(self) -> None:
-        """Sends no more; the service ends the stream when it has handled what came."""
         self._requests.put(None)
 
     def cancel(self) -> None:
-        """Vanishes."""
         self._requests.put(None)
         self._call.cancel()
+        self._channel.close()
+
+
+class PacketStream(PredictStream):
+    """A connection to the packet socket."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.connect(path)
+        self._has_finished = False
+
+    def send(self, request: pb.PredictRequest) -> None:
+        self._socket.send(request.SerializeToString())
+
+    def receive(self) -> pb.PredictResponse:
+        try:
+            data = self._socket.recv(1 << 20)
+        except ConnectionResetError:  # told once; what was said before comes after
+            data = self._socket.recv(1 << 20)
+        if not data and self._has_finished:
+            raise StopIteration
+        if not data:
+            raise Unavailable("the service is gone")
+        response = pb.PredictResponse.FromString(data)
+        if response.HasField("end"):
+            raise error_of_code(response.end.status_code, response.end.reason)
+        return response
+
+    def finish(self) -> None:
+        self._has_finished = True
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def cancel(self) -> None:
+        self._socket.close()
 
 
 def one_token(step: int, layer: int, topk_ids: list[int], hidden_D: Float32Array | None = None) -> Observation:

@@ -3,15 +3,20 @@
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from time import sleep
 from types import TracebackType
 from typing import Self, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
 
+from predictor_service.packet_server import PacketServer
+from promoe.errors import Unavailable
 from promoe.hint import ObservedKind, PredictorVersion
 from promoe.hint_wire import encode_version
 from promoe.model_spec import ModelSpec
+from promoe.packet_channel import PacketChannel, packet_path
 from promoe.v1 import model_pb2
 from promoe.v1 import predictor_pb2 as pb
 from promoe.wire import SCHEMA_VERSION, encode_spec
@@ -62,8 +67,15 @@ def one_hint_each(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
             yield hints(hint)
 
 
+Serve: TypeAlias = "Callable[..., ScriptedPredictor]"
+"""Makes one at an endpoint that is decided already."""
+
+
 class ScriptedPredictor:
     """Serves in threads of the test's process.
+
+    Args:
+        with_packets: over a packet socket, too; then nodes of this host do not use the stream.
 
     Attributes:
         info: what GetInfo answers.
@@ -71,7 +83,9 @@ class ScriptedPredictor:
         requests: what nodes sent over Predict.
     """
 
-    def __init__(self, endpoint: str, spec: ModelSpec, script: Script = one_hint_each) -> None:
+    def __init__(
+        self, endpoint: str, spec: ModelSpec, script: Script = one_hint_each, with_packets: bool = False
+    ) -> None:
         self.endpoint = endpoint
         self.info = pb.PredictorGetInfoResponse(
             service=model_pb2.ServiceInfo(version="0", schema_version=SCHEMA_VERSION, instance_id="scripted"),
@@ -93,9 +107,16 @@ class ScriptedPredictor:
         handlers: dict[str, grpc.RpcMethodHandler] = {"GetInfo": info_handler, "Predict": predict_handler}  # type: ignore[type-arg]
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("promoe.v1.Predictor", handlers)])
         self._server.add_insecure_port(endpoint)
+        self._packets: PacketServer | None = None
+        path = packet_path(endpoint)
+        if with_packets and path is not None:
+            self._packets = PacketServer(path, self._converse, 8)
+            self.info.packet_socket = str(path)
 
     def __enter__(self) -> Self:
         self._server.start()
+        if self._packets is not None:
+            self._packets.start()
         return self
 
     def __exit__(
@@ -105,6 +126,9 @@ class ScriptedPredictor:
 
     def kill(self) -> None:
         """Gone, with all its streams; nobody was told."""
+        if self._packets is not None:
+            self._packets.close()
+            self._packets = None
         self._server.stop(0).wait(10)
 
     def observations(self) -> list[pb.Observation]:
@@ -120,6 +144,13 @@ class ScriptedPredictor:
         self.num_sessions += 1
         yield from self.script(self._recorded(requests))
 
+    def _converse(self, channel: PacketChannel) -> None:
+        self.num_sessions += 1
+        with suppress(Unavailable):  # the node is gone
+            for response in self.script(self._recorded(_packets(channel))):
+                while not channel.send(_serialize(response)):
+                    sleep(0)  # a flood waits for the node to read
+
     def _recorded(self, requests: Iterator[pb.PredictRequest]) -> Iterator[pb.PredictRequest]:
         try:
             for request in requests:
@@ -127,6 +158,12 @@ class ScriptedPredictor:
                 yield request
         except grpc.RpcError:  # the node is gone
             return
+
+
+def _packets(channel: PacketChannel) -> Iterator[pb.PredictRequest]:
+    with suppress(Unavailable):  # the node is gone
+        while (data := channel.receive(None)) is not None:
+            yield pb.PredictRequest.FromString(data)
 
 
 def _serialize(response: Message | bytes) -> bytes:

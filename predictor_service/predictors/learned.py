@@ -53,11 +53,16 @@ def open_artifact(kind: str, source: PredictorSource) -> Artifact:
     return artifact
 
 
+MOST_SERVED: Final = 2
+"""Lookaheads that are served unless one is asked for, the nearest. Every hint takes the compute node's engine thread
+about 50 us: farther ones, which nearer ones replace a layer later, were not worth it (DECISIONS.md)."""
+
+
 def served_lookaheads(artifact: Artifact, source: PredictorSource) -> tuple[int, ...]:
-    """The artifact's lookaheads, or the one that was asked for; raises SettingUnfit if it was not trained for it."""
+    """The artifact's nearest, or the one that was asked for; raises SettingUnfit if it was not trained for it."""
     trained = artifact.manifest.lookaheads
     if source.lookahead is None:
-        return trained
+        return tuple(sorted(trained)[:MOST_SERVED])
     if source.lookahead not in trained:
         raise SettingUnfit(
             f"lookahead is {source.lookahead}; {artifact.path} was trained for {', '.join(map(str, trained))}"

@@ -1,5 +1,6 @@
 """Operational failures, and the one table that maps them to gRPC status codes and back."""
 
+from types import MappingProxyType
 from typing import Final
 
 import grpc
@@ -133,3 +134,17 @@ def error_of(status: grpc.StatusCode, message: str, retry_after_ms: int | None =
     if status is grpc.StatusCode.CANCELLED:
         return Unavailable(message or "the call was cancelled")
     return InternalError(f"{status.name}: {message}")
+
+
+_STATUS_OF_CODE: Final = MappingProxyType({status.value[0]: status for status in grpc.StatusCode})
+
+
+def code_of(status: grpc.StatusCode) -> int:
+    """The status as a number, for messages that carry one."""
+    code: int = status.value[0]
+    return code
+
+
+def error_of_code(code: int, message: str) -> PromoeError:
+    """`error_of` for a status that came as a number; one that gRPC does not have is UNKNOWN."""
+    return error_of(_STATUS_OF_CODE.get(code, grpc.StatusCode.UNKNOWN), message)

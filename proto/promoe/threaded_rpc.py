@@ -84,16 +84,21 @@ def _guard_stream(behavior: object, method: str) -> Callable[..., object]:
 
 def _abort(context: grpc.ServicerContext, error: Exception, method: str) -> None:
     """Ends the call by raising."""
+    if isinstance(error, Overloaded):
+        context.set_trailing_metadata(((RETRY_AFTER_METADATA_KEY, str(error.retry_after_ms)),))
+    status, text = told(error, method)
+    context.abort(status, text)
+
+
+def told(error: Exception, method: str) -> tuple[grpc.StatusCode, str]:
+    """What the peer is told of an error: by the table, or INTERNAL for a bug, which is logged with its traceback."""
     status = status_of(error)
     if status is None:
         logger.error("%s failed", method, exc_info=error)
-        context.abort(grpc.StatusCode.INTERNAL, "Internal error; the service's log has the details.")
-    else:
-        # A ValueError from deep inside may be a bug after all: its traceback is there for who looks for it.
-        logger.debug("%s refused with %s", method, status.name, exc_info=error)
-        if isinstance(error, Overloaded):
-            context.set_trailing_metadata(((RETRY_AFTER_METADATA_KEY, str(error.retry_after_ms)),))
-        context.abort(status, wire_text(error))
+        return grpc.StatusCode.INTERNAL, "Internal error; the service's log has the details."
+    # A ValueError from deep inside may be a bug after all: its traceback is there for who looks for it.
+    logger.debug("%s refused with %s", method, status.name, exc_info=error)
+    return status, wire_text(error)
 
 
 class ThreadedRpcServer:

@@ -8,8 +8,8 @@ from typing import Final, TypeAlias
 
 from compute_node.hint_client import HintClient, PredictorState
 from compute_node.hint_inbox import HintInbox, ReceivedHint
-from compute_node.hint_session import QUEUE_CAPACITY
 from compute_node.layer_sample import LayerSample, LayerSampler, WantedSamples
+from compute_node.outgoing import QUEUE_CAPACITY
 from predictor_service.config import PredictorConfig
 from predictor_service.predictor import Predictor
 from promoe.hint import Observation, ObservedKind, StepStart

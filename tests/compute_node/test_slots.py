@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,14 +17,29 @@ from promoe.ids import ExpertId
 NUM_LAYERS, NUM_EXPERTS, SLOTS_PER_LAYER = 3, 6, 2
 
 
+class Worth:
+    """What a test says experts are worth, and that it changed."""
+
+    def __init__(self) -> None:
+        self.worth_LE = np.arange(NUM_LAYERS * NUM_EXPERTS, dtype=np.float64).reshape(NUM_LAYERS, NUM_EXPERTS)
+        self.version = 0
+
+    def __call__(self, layers: slice) -> npt.NDArray[np.float64]:
+        return self.worth_LE[layers]
+
+    def set(self, layer: int, number: int, worth: float) -> None:
+        self.worth_LE[layer, number] = worth
+        self.version += 1
+
+
 class Scored:
     """A table whose experts are worth what a test says."""
 
     def __init__(self, split: SlotSplit) -> None:
-        self.worth_LE = np.arange(NUM_LAYERS * NUM_EXPERTS, dtype=np.float64).reshape(NUM_LAYERS, NUM_EXPERTS)
+        self.worth = Worth()
         geometry = CacheGeometry(NUM_LAYERS, NUM_EXPERTS, SLOTS_PER_LAYER, blob_nbytes=100, experts_per_token=1)
         addresses = [1000 * index for index in range(geometry.num_slots)]
-        self.table = SlotTable(addresses, geometry, split, lambda layers: self.worth_LE[layers], DONE)
+        self.table = SlotTable(addresses, geometry, split, self.worth, DONE)
 
     def load(
         self, layer: int, expert: int, arrives: bool = True, may_go: Callable[[ExpertId], bool] | None = None
@@ -87,7 +103,7 @@ def test_half_a_load_gives_way_only_when_it_is_paused() -> None:
     assert scored.table.find(ExpertId(0, 5)) is None
     slot.kept_nbytes = 40
     scored.table.update(slot)
-    scored.worth_LE[0, 0] = -1.0
+    scored.worth.set(0, 0, -1.0)
     assert scored.load(0, 2) is slot, "now the half one goes"
     assert slot.kept_nbytes is None
 
@@ -185,3 +201,48 @@ def test_whatever_happens_the_table_stays_whole(actions: list[tuple[str, int, in
                 table.forget(slot)
         table.check_integrity()
         assert len(table.held(layer)) <= len(table.slots)
+
+
+operations = st.lists(
+    st.tuples(
+        st.sampled_from(["load", "load", "load", "arrive", "pin", "unpin", "forget", "worth"]),
+        st.integers(0, NUM_LAYERS - 1),
+        st.integers(0, NUM_EXPERTS - 1),
+        st.integers(0, 3),
+    ),
+    max_size=60,
+)
+
+
+@given(st.sampled_from(SlotSplit), operations)
+def test_whatever_happened_the_least_worth_of_what_may_go_gives_way(
+    split: SlotSplit, steps: list[tuple[str, int, int, int]]
+) -> None:
+    scored = Scored(split)
+    table, asked = scored.table, list[ExpertId]()
+
+    def may_go(victim: ExpertId) -> bool:
+        asked.append(victim)
+        return True
+
+    for what, layer, number, worth in steps:
+        expert = ExpertId(layer, number)
+        slot = table.find(expert)
+        if what == "worth":
+            scored.worth.set(layer, number, worth)
+        elif what == "load" and slot is None:
+            held = [s for row in range(NUM_LAYERS) for s in table.held(row)]
+            idle = [s for s in held if table.may_use(layer, s) and s.state is SlotState.READY and not s.pins]
+            least = min((float(scored.worth.worth_LE[s.expert]) for s in idle if s.expert is not None), default=None)
+            asked.clear()
+            scored.load(layer, number, arrives=False, may_go=may_go)
+            assert [float(scored.worth.worth_LE[victim]) for victim in asked] in ([], [least])
+        elif slot is not None and what == "arrive" and slot.state is SlotState.LOADING:
+            table.arrived(slot)
+        elif slot is not None and what == "pin":
+            table.pin(slot)
+        elif slot is not None and what == "unpin" and slot.pins:
+            table.unpin(slot)
+        elif slot is not None and what == "forget" and not slot.pins:
+            table.forget(slot)
+        table.check_integrity()

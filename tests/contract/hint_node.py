@@ -58,6 +58,16 @@ class Node:
         self.observer.last_output(hidden_TD + NUM_LAYERS)
         self.engine_s += time.perf_counter() - began_s
 
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Looks around without a step, until the condition holds."""
+
+        def looked() -> bool:
+            assert self.inbox.look_for_more is not None, "the client set it"
+            self.inbox.look_for_more()
+            return condition()
+
+        wait_until(looked)
+
     def run_until(self, condition: Callable[[], bool]) -> None:
         """Steps, until the condition holds."""
 

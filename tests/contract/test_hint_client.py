@@ -1,5 +1,6 @@
 """The predictor's client over real sockets: whatever the service does, the engine goes on, and it is counted."""
 
+import functools
 import logging
 import socket
 import threading
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from compute_node.hint_client import PredictorState
-from compute_node.hint_session import QUEUE_CAPACITY, HintTraffic
+from compute_node.hint_session import HintTraffic
+from compute_node.outgoing import QUEUE_CAPACITY
 from promoe.hint import ObservedKind, PredictorVersion, StepSpan, StepStart
 from promoe.hint_wire import decode_observation, decode_step_start
 from promoe.v1 import predictor_pb2 as pb
@@ -22,6 +24,7 @@ from tests.scripted_predictor import (
     VERSION,
     Response,
     ScriptedPredictor,
+    Serve,
     good_hint,
     hints,
     welcome,
@@ -33,6 +36,12 @@ def endpoint(socket_dir: Path) -> str:
     return f"unix:{socket_dir / 'p.sock'}"
 
 
+@pytest.fixture(params=["grpc", "packets"])
+def serve(request: pytest.FixtureRequest, endpoint: str) -> Serve:
+    """A scripted predictor that is talked to over a stream, or over a packet socket."""
+    return functools.partial(ScriptedPredictor, endpoint, with_packets=request.param == "packets")
+
+
 @pytest.fixture(autouse=True)
 def _told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "compute_node")
@@ -41,8 +50,8 @@ def _told(caplog: pytest.LogCaptureFixture) -> None:
 # ---- a service that behaves
 
 
-def test_observations_go_out_and_hints_come_in(endpoint: str) -> None:
-    with ScriptedPredictor(endpoint, SPEC) as service, node_at(endpoint) as node:
+def test_observations_go_out_and_hints_come_in(endpoint: str, serve: Serve) -> None:
+    with serve(spec=SPEC) as service, node_at(endpoint) as node:
         node.wait_for_state(PredictorState.CONNECTED)
         assert node.client.active == VERSION
         node.run_step(num_tokens=3)
@@ -70,13 +79,13 @@ def test_observations_go_out_and_hints_come_in(endpoint: str) -> None:
     assert node.client.traffic == HintTraffic(observations_sent=5 * node.step)
 
 
-def test_rows_are_no_more_than_the_service_wants(endpoint: str) -> None:
+def test_rows_are_no_more_than_the_service_wants(endpoint: str, serve: Serve) -> None:
     def wants_two(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
         next(requests)
         yield welcome(max_rows=2)
         yield from (b"" for _ in requests if False)
 
-    with ScriptedPredictor(endpoint, SPEC, wants_two) as service, node_at(endpoint) as node:
+    with serve(spec=SPEC, script=wants_two) as service, node_at(endpoint) as node:
         node.wait_for_state(PredictorState.CONNECTED)
         node.run_step(num_tokens=9)
         wait_until(lambda: service.requests.qsize() == 7)
@@ -93,14 +102,14 @@ def test_rows_are_no_more_than_the_service_wants(endpoint: str) -> None:
     ],
 )
 def test_a_version_sees_what_it_asks_for(
-    endpoint: str, kind: ObservedKind, wants_routing: bool, layers: list[tuple[int, list[int]]]
+    endpoint: str, serve: Serve, kind: ObservedKind, wants_routing: bool, layers: list[tuple[int, list[int]]]
 ) -> None:
     def asks(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
         next(requests)
         yield welcome(PredictorVersion("a@1", "a", kind, (1,), True, wants_routing))
         yield from (b"" for _ in requests if False)
 
-    with ScriptedPredictor(endpoint, SPEC, asks) as service, node_at(endpoint) as node:
+    with serve(spec=SPEC, script=asks) as service, node_at(endpoint) as node:
         node.wait_for_state(PredictorState.CONNECTED)
         node.run_step()
         node.run_step()
@@ -110,7 +119,9 @@ def test_a_version_sees_what_it_asks_for(
         assert all(o.HasField("hidden") == (kind is not ObservedKind.NONE) for o in seen)
 
 
-def test_a_new_version_takes_over_between_two_steps(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_version_takes_over_between_two_steps(
+    endpoint: str, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     second = PredictorVersion("scripted@2", "scripted", ObservedKind.ROUTER_INPUT, (1,), True, False)
     third = PredictorVersion("scripted@3", "scripted", ObservedKind.LAYER_INPUT, (1,), True, False)
     versions = iter((second, third))
@@ -128,12 +139,12 @@ def test_a_new_version_takes_over_between_two_steps(endpoint: str, caplog: pytes
                     good_hint(request.observation, "scripted@3"),
                 )
 
-    with ScriptedPredictor(endpoint, SPEC, upgrades) as service, node_at(endpoint) as node:
+    with serve(spec=SPEC, script=upgrades) as service, node_at(endpoint) as node:
         node.wait_for_state(PredictorState.CONNECTED)
         for step, active in ((1, VERSION), (2, second), (3, third)):
             node.run_step()
-            wait_until(lambda active=active: node.client.active == active)  # type: ignore[misc]
-            wait_until(lambda step=step: node.client.traffic.wrong_version + len(node.inbox._waiting) == 3 * step)  # type: ignore[misc]
+            node.wait_for(lambda active=active: node.client.active == active)  # type: ignore[misc]
+            node.wait_for(lambda step=step: node.client.traffic.wrong_version + len(node.inbox._waiting) == 3 * step)  # type: ignore[misc]
         assert service.num_sessions == 1
     # Each version and the one before it.
     taken = [(r.hint.step, r.hint.version[-1]) for r in node.inbox.drain()]
@@ -144,20 +155,24 @@ def test_a_new_version_takes_over_between_two_steps(endpoint: str, caplog: pytes
 # ---- a service that is not there
 
 
-def test_nobody_there_is_said_once_and_asked_for_again(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_nobody_there_is_said_once_and_asked_for_again(
+    endpoint: str, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     with node_at(endpoint) as node:
         for _ in range(200):
             node.run_step()
         node.run_until(lambda: bool(warnings_in(caplog)))
         assert node.client.traffic == HintTraffic()
-        with ScriptedPredictor(endpoint, SPEC):
+        with serve(spec=SPEC):
             node.run_until(lambda: bool(node.received))
             assert ["No such file" in message for message in warnings_in(caplog)] == [True]
 
 
-def test_killed_and_restarted_predictors_are_found_again(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_killed_and_restarted_predictors_are_found_again(
+    endpoint: str, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     with ExitStack() as services:
-        service = services.enter_context(ScriptedPredictor(endpoint, SPEC))
+        service = services.enter_context(serve(spec=SPEC))
         with node_at(endpoint) as node:
             for _ in range(3):
                 node.received.clear()
@@ -167,12 +182,14 @@ def test_killed_and_restarted_predictors_are_found_again(endpoint: str, caplog: 
                 node.run_until(lambda: not node.is_connected)
                 assert node.client.active is None
                 assert node.client.traffic.observations_sent >= num_sent
-                service = services.enter_context(ScriptedPredictor(endpoint, SPEC))
+                service = services.enter_context(serve(spec=SPEC))
     assert ["is away" in message for message in warnings_in(caplog)] == [True] * 3
     assert 3 <= sum("Connected to the predictor" in message for message in caplog.messages) <= 4
 
 
-def test_a_service_that_never_welcomes_gets_no_observations(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_service_that_never_welcomes_gets_no_observations(
+    endpoint: str, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     stop = threading.Event()
 
     def silent(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
@@ -180,7 +197,7 @@ def test_a_service_that_never_welcomes_gets_no_observations(endpoint: str, caplo
         yield welcome()
 
     patience = replace(PATIENCE, welcome_s=0.2)
-    with ScriptedPredictor(endpoint, SPEC, silent) as service, node_at(endpoint, patience) as node:
+    with serve(spec=SPEC, script=silent) as service, node_at(endpoint, patience) as node:
         node.run_until(lambda: service.num_sessions >= 3)
         stop.set()
         assert service.observations() == []
@@ -189,7 +206,7 @@ def test_a_service_that_never_welcomes_gets_no_observations(endpoint: str, caplo
     assert len(warnings_in(caplog)) == 1
 
 
-def test_who_listens_and_says_nothing_does_not_hold_the_node_up(endpoint: str) -> None:
+def test_who_listens_and_says_nothing_does_not_hold_the_node_up(endpoint: str, serve: Serve) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(endpoint.removeprefix("unix:"))
         listener.listen()
@@ -201,7 +218,7 @@ def test_who_listens_and_says_nothing_does_not_hold_the_node_up(endpoint: str) -
                 node.client.close()
 
 
-def test_a_service_that_stops_reading_costs_observations_only(endpoint: str) -> None:
+def test_a_service_that_stops_reading_costs_observations_only(endpoint: str, serve: Serve) -> None:
     go_on = threading.Event()
 
     def stopped(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
@@ -213,7 +230,7 @@ def test_a_service_that_stops_reading_costs_observations_only(endpoint: str) -> 
                 yield hints(good_hint(request.observation))
 
     wide = 8
-    with ScriptedPredictor(endpoint, SPEC, stopped) as service, node_at(endpoint) as node:
+    with serve(spec=SPEC, script=stopped) as service, node_at(endpoint) as node:
         node.wait_for_state(PredictorState.CONNECTED)
         for _ in range(1000):
             node.run_step(num_tokens=wide, ended=(f"r{node.step}",))
@@ -224,7 +241,7 @@ def test_a_service_that_stops_reading_costs_observations_only(endpoint: str) -> 
         assert 5000 - QUEUE_CAPACITY <= traffic.observations_sent + traffic.observations_dropped <= 5000
         go_on.set()
         last = node.step
-        wait_until(lambda: any(r.hint.step == last for r in node.inbox.drain()))
+        node.run_until(lambda: any(r.hint.step > last for r in node.received))
         told = [
             request_id
             for request in iter(lambda: service.requests.get() if not service.requests.empty() else None, None)
@@ -245,12 +262,13 @@ def test_a_service_that_stops_reading_costs_observations_only(endpoint: str) -> 
 )
 def test_a_predictor_for_another_model_or_schema_is_refused_with_both_sides(
     endpoint: str,
+    serve: Serve,
     caplog: pytest.LogCaptureFixture,
     change: Callable[[pb.PredictorGetInfoResponse], None],
     reasons: tuple[str, str],
 ) -> None:
     with node_at(endpoint) as node:
-        stranger = ScriptedPredictor(endpoint, SPEC)
+        stranger = serve(spec=SPEC)
         change(stranger.info)
         with stranger:
             node.run_until(lambda: any(reasons[0] in message for message in warnings_in(caplog)))
@@ -259,5 +277,5 @@ def test_a_predictor_for_another_model_or_schema_is_refused_with_both_sides(
         said = [message for message in warnings_in(caplog) if reasons[0] in message]
         assert len(said) == 1
         assert reasons[1] in said[0]
-        with ScriptedPredictor(endpoint, SPEC):
+        with serve(spec=SPEC):
             node.run_until(lambda: bool(node.received))

@@ -34,10 +34,10 @@ def manifest(pack: Path) -> PackManifest:
     return PackManifest.read(pack)
 
 
-@pytest.fixture(scope="module")
-def service(pack: Path, module_socket_dir: Path) -> Iterator[RunningPredictor]:
-    """One service for the module; nothing that a node does may leave a traceback."""
-    with RunningPredictor(pack, module_socket_dir, *OPTIONS) as running:
+@pytest.fixture(scope="module", params=["grpc", "packets"])
+def service(pack: Path, module_socket_dir: Path, request: pytest.FixtureRequest) -> Iterator[RunningPredictor]:
+    """One service for the module, talked to one way or the other; nothing that a node does may leave a traceback."""
+    with RunningPredictor(pack, module_socket_dir, *OPTIONS, packets=request.param == "packets") as running:
         running.wait_until_serving()
         yield running
         wait_until(lambda: running.stats().sessions == 0, log=running.log)
@@ -88,8 +88,7 @@ def test_health_says_serving(service: RunningPredictor) -> None:
 
 def refused(service: RunningPredictor, *requests: pb.PredictRequest) -> PromoeError:
     """What the service ends a stream of these requests with."""
-    with grpc.insecure_channel(service.endpoint) as channel:
-        stream = PredictStream(channel)
+    with service.open_stream() as stream:
         for request in requests:
             stream.send(request)
         try:
@@ -97,8 +96,6 @@ def refused(service: RunningPredictor, *requests: pb.PredictRequest) -> PromoeEr
                 stream.receive()
         except PromoeError as error:
             return error
-        finally:
-            stream.cancel()
 
 
 def hello_of(spec: model_pb2.ModelSpec, schema: str = SCHEMA_VERSION, max_rows: int = 8) -> pb.PredictRequest:
@@ -135,7 +132,7 @@ START = pb.PredictRequest(
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (pb.PredictRequest(), "sends steps, observations and ended requests only"),
+        (hello_of(model_pb2.ModelSpec()), "sends steps, observations and ended requests only"),
         (START, "Step 1 came after step 1"),
         (pb.PredictRequest(step_start=pb.StepStart(step=2, spans=[pb.StepSpan(num_tokens=1)])), "phase"),
         (pb.PredictRequest(observation=pb.Observation(step=1, layer=6, num_tokens=1)), "MoE layer 6"),

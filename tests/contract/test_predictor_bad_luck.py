@@ -2,8 +2,9 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -31,9 +32,21 @@ def plugins(module_socket_dir: Path) -> Path:
     return install_plugins(module_socket_dir / "plugins")
 
 
-def started(pack: Path, plugins: Path, folder: Path, name: str) -> RunningPredictor:
-    settings = (f"predictor.predictor={name}", f"predictor.max_queued_events={QUEUE}")
-    return RunningPredictor(pack, folder, *settings, environment=environment_with(plugins))
+Start: TypeAlias = Callable[[str], RunningPredictor]
+
+
+@pytest.fixture(params=["grpc", "packets"])
+def started(pack: Path, plugins: Path, socket_dir: Path, request: pytest.FixtureRequest) -> Start:
+    """Starts a service with the named plug-in, which is talked to one way or the other."""
+
+    def start(name: str) -> RunningPredictor:
+        settings = (f"predictor.predictor={name}", f"predictor.max_queued_events={QUEUE}")
+        environment = environment_with(plugins)
+        return RunningPredictor(
+            pack, socket_dir, *settings, environment=environment, packets=request.param == "packets"
+        )
+
+    return start
 
 
 def numbered(number: int) -> Observation:
@@ -49,10 +62,8 @@ def receive_all(node: PredictStream) -> Iterator[pb.Hint]:
         return
 
 
-def test_a_plugin_of_another_distribution_is_found_by_its_entry_point(
-    pack: Path, plugins: Path, socket_dir: Path
-) -> None:
-    with started(pack, plugins, socket_dir, "echo") as service:
+def test_a_plugin_of_another_distribution_is_found_by_its_entry_point(started: Start) -> None:
+    with started("echo") as service:
         assert service.wait_until_serving().active.version == "echo@7"
         with service.node() as node:
             node.begin_step(1)
@@ -61,10 +72,8 @@ def test_a_plugin_of_another_distribution_is_found_by_its_entry_point(
             assert (hint.version, hint.layer, list(hint.experts)) == ("echo@7", 3, [0])
 
 
-def test_an_overloaded_predictor_drops_the_oldest_and_answers_the_newest(
-    pack: Path, plugins: Path, socket_dir: Path
-) -> None:
-    with started(pack, plugins, socket_dir, "slow") as service:
+def test_an_overloaded_predictor_drops_the_oldest_and_answers_the_newest(started: Start) -> None:
+    with started("slow") as service:
         service.wait_until_serving()
         with service.node() as node:
             node.begin_step(1)
@@ -74,13 +83,14 @@ def test_an_overloaded_predictor_drops_the_oldest_and_answers_the_newest(
             answered = [hint.num_expected for hint in receive_all(node)]
         stats = service.stats()
         assert answered == sorted(answered)
-        assert answered[-QUEUE:] == list(range(101 - QUEUE, 101)), "the newest wait"
+        # The beginning of the step, which is never dropped for an observation, may have had a place of its own.
+        assert answered[1 - QUEUE :] == list(range(102 - QUEUE, 101)), "the newest wait"
         assert stats.dropped_observations == 100 - len(answered) > 0
         assert stats.observations == len(answered)
 
 
-def test_a_failing_plugin_ends_its_session_and_never_the_service(pack: Path, plugins: Path, socket_dir: Path) -> None:
-    with started(pack, plugins, socket_dir, "failing") as service:
+def test_a_failing_plugin_ends_its_session_and_never_the_service(started: Start) -> None:
+    with started("failing") as service:
         service.wait_until_serving()
         with service.node("bystander") as bystander, service.node("victim") as victim:
             for node in (bystander, victim):
@@ -102,10 +112,8 @@ def test_a_failing_plugin_ends_its_session_and_never_the_service(pack: Path, plu
         assert service.process.poll() is None
 
 
-def test_sigterm_ends_the_streams_with_a_sentence_and_frees_the_socket(
-    pack: Path, plugins: Path, socket_dir: Path
-) -> None:
-    with started(pack, plugins, socket_dir, "echo") as service:
+def test_sigterm_ends_the_streams_with_a_sentence_and_frees_the_socket(started: Start) -> None:
+    with started("echo") as service:
         service.wait_until_serving()
         with service.node() as node:
             node.begin_step(1)
@@ -115,14 +123,12 @@ def test_sigterm_ends_the_streams_with_a_sentence_and_frees_the_socket(
             with pytest.raises(Unavailable, match="shutting down"):
                 node.receive()
         assert "Traceback" not in service.log.read_text()
-    with started(pack, plugins, socket_dir, "none") as successor:
+    with started("none") as successor:
         assert successor.wait_until_serving().active.version == "none@1"
 
 
-def test_a_stopped_predictor_goes_on_where_it_was_and_a_killed_one_is_gone(
-    pack: Path, plugins: Path, socket_dir: Path
-) -> None:
-    with started(pack, plugins, socket_dir, "echo") as service:
+def test_a_stopped_predictor_goes_on_where_it_was_and_a_killed_one_is_gone(started: Start) -> None:
+    with started("echo") as service:
         service.wait_until_serving()
         with service.node() as node:
             node.begin_step(1)
@@ -159,8 +165,8 @@ def test_what_cannot_run_says_why_and_ends(
         assert "Traceback" not in service.log.read_text()
 
 
-def test_two_services_do_not_share_a_socket(pack: Path, plugins: Path, socket_dir: Path) -> None:
-    with started(pack, plugins, socket_dir, "echo") as first:
+def test_two_services_do_not_share_a_socket(started: Start, pack: Path, socket_dir: Path) -> None:
+    with started("echo") as first:
         first.wait_until_serving()
         with RunningPredictor(pack, socket_dir) as second:
             assert second.process.wait(timeout=20) == 1

@@ -85,6 +85,11 @@ class PredictorGetInfoResponse(_message.Message):
     SERVICE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     ACTIVE_FIELD_NUMBER: _builtins.int
+    PACKET_SOCKET_FIELD_NUMBER: _builtins.int
+    packet_socket: _builtins.str
+    """A unix socket (SOCK_SEQPACKET) on this host that carries the messages of Predict, one per packet, in the same order
+    and with the same meaning; empty where there is none. A node that cannot reach it uses Predict.
+    """
     @_builtins.property
     def service(self) -> _model_pb2.ServiceInfo: ...
     @_builtins.property
@@ -97,10 +102,11 @@ class PredictorGetInfoResponse(_message.Message):
         service: _model_pb2.ServiceInfo | None = ...,
         model: _model_pb2.ModelSpec | None = ...,
         active: Global___PredictorVersion | None = ...,
+        packet_socket: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "model", b"model", "service", b"service"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "model", b"model", "service", b"service"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "model", b"model", "packet_socket", b"packet_socket", "service", b"service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -389,27 +395,59 @@ class PredictResponse(_message.Message):
 
     WELCOME_FIELD_NUMBER: _builtins.int
     HINTS_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___PredictWelcome:
         """First message of every stream; a later one replaces it from the next step on."""
 
     @_builtins.property
     def hints(self) -> Global___Hints: ...
+    @_builtins.property
+    def end(self) -> Global___SessionEnd:
+        """Last message on a packet socket, which has no status of its own."""
+
     def __init__(
         self,
         *,
         welcome: Global___PredictWelcome | None = ...,
         hints: Global___Hints | None = ...,
+        end: Global___SessionEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hints", b"hints", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "event", b"event", "hints", b"hints", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hints", b"hints", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "event", b"event", "hints", b"hints", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["welcome", "hints"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["welcome", "hints", "end"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___PredictResponse: _TypeAlias = PredictResponse  # noqa: Y015
+
+@_typing.final
+class SessionEnd(_message.Message):
+    """Why the service ends the session: what would be the status of Predict."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_CODE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    status_code: _builtins.int
+    """A gRPC status code."""
+    reason: _builtins.str
+    """One sentence."""
+    def __init__(
+        self,
+        *,
+        status_code: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "status_code", b"status_code"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionEnd: _TypeAlias = SessionEnd  # noqa: Y015
 
 @_typing.final
 class PredictWelcome(_message.Message):

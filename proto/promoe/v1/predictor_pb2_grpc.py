@@ -59,7 +59,7 @@ class PredictorServicer(object):
     """
 
     def GetInfo(self, request, context):
-        """Idempotent; the caller may retry.
+        """Idempotent; the caller may retry. Says, too, where the messages of Predict are carried without gRPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,7 @@ class PredictorStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PredictorAsyncStub: ...
     GetInfo: _grpc.UnaryUnaryMultiCallable[_predictor_pb2.PredictorGetInfoRequest, _predictor_pb2.PredictorGetInfoResponse]
-    """Idempotent; the caller may retry."""
+    """Idempotent; the caller may retry. Says, too, where the messages of Predict are carried without gRPC."""
     Predict: _grpc.StreamStreamMultiCallable[_predictor_pb2.PredictRequest, _predictor_pb2.PredictResponse]
     """One stream per compute node. The node speaks first (hello), the service answers with a welcome that says what it
     wants to observe; then observations go in and hints come out, both in the order they were made. Nobody waits for
@@ -54,7 +54,7 @@ class PredictorAsyncStub(PredictorStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetInfo: _aio.UnaryUnaryMultiCallable[_predictor_pb2.PredictorGetInfoRequest, _predictor_pb2.PredictorGetInfoResponse]  # type: ignore[assignment]
-    """Idempotent; the caller may retry."""
+    """Idempotent; the caller may retry. Says, too, where the messages of Predict are carried without gRPC."""
     Predict: _aio.StreamStreamMultiCallable[_predictor_pb2.PredictRequest, _predictor_pb2.PredictResponse]  # type: ignore[assignment]
     """One stream per compute node. The node speaks first (hello), the service answers with a welcome that says what it
     wants to observe; then observations go in and hints come out, both in the order they were made. Nobody waits for
@@ -75,7 +75,7 @@ class PredictorServicer(metaclass=_abc_1.ABCMeta):
         request: _predictor_pb2.PredictorGetInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_predictor_pb2.PredictorGetInfoResponse, _abc.Awaitable[_predictor_pb2.PredictorGetInfoResponse]]:
-        """Idempotent; the caller may retry."""
+        """Idempotent; the caller may retry. Says, too, where the messages of Predict are carried without gRPC."""
 
     @_abc_1.abstractmethod
     def Predict(

@@ -1,0 +1,117 @@
+"""One session's messages with the predictor: encodes what is told, checks and files what is answered.
+
+The predictor is best effort: what cannot be used is counted and never reaches the expert cache. Knows no carrier.
+"""
+
+from typing import Final
+
+import torch
+from google.protobuf.message import DecodeError
+
+from compute_node.expert_weights import TORCH_DTYPES
+from compute_node.hint_checks import fault_of
+from compute_node.hint_inbox import HintInbox, ReceivedHint
+from compute_node.hint_session import MAX_ROWS, HintSession
+from compute_node.layer_sample import LayerSample
+from compute_node.outgoing import OutgoingEvent
+from promoe.errors import InvalidInput, error_of_code
+from promoe.hint import StepStart
+from promoe.hint_wire import (
+    decode_hint,
+    decode_version,
+    encode_observation,
+    encode_raw_tensor,
+    encode_requests_ended,
+    encode_step_start,
+)
+from promoe.model_spec import Dtype, ModelSpec
+from promoe.trace_events import HintFate
+from promoe.v1 import model_pb2
+from promoe.v1 import predictor_pb2 as pb
+from promoe.wire import check_schema, encode_spec
+
+_DTYPES: Final = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
+
+
+def hello_message(info: model_pb2.ServiceInfo, spec: ModelSpec, max_rows: int = MAX_ROWS) -> bytes:
+    """The first message of every session."""
+    hello = pb.PredictHello(service=info, model=encode_spec(spec), max_rows=max_rows)
+    return pb.PredictRequest(hello=hello).SerializeToString()
+
+
+def encode_event(event: OutgoingEvent) -> bytes:
+    """One message; waits for an observation's hidden states."""
+    if isinstance(event, LayerSample):
+        request = pb.PredictRequest(observation=_encode_sample(event))
+    elif isinstance(event, StepStart):
+        request = pb.PredictRequest(step_start=encode_step_start(event))
+    else:
+        request = pb.PredictRequest(requests_ended=encode_requests_ended(event))
+    return request.SerializeToString()
+
+
+class Conversation:
+    """What the service answers in one session.
+
+    Args:
+        peer: the service, for errors.
+        spec: the served model.
+        session: counts.
+        inbox: takes the hints that passed the checks.
+    """
+
+    def __init__(self, peer: str, spec: ModelSpec, session: HintSession, inbox: HintInbox) -> None:
+        self._peer = peer
+        self._spec = spec
+        self._session = session
+        self._inbox = inbox
+
+    def receive(self, data: bytes) -> None:
+        """Takes one message; raises PromoeError for what ends the session."""
+        try:
+            response = pb.PredictResponse.FromString(data)
+        except DecodeError as error:
+            raise InvalidInput(f"The predictor sends what cannot be decoded: {error}.") from error
+        self._session.charge(1 + len(response.hints.hints))
+        if response.HasField("end"):
+            raise error_of_code(response.end.status_code, response.end.reason)
+        if response.HasField("welcome"):
+            check_schema(response.welcome.service, self._peer)
+            _welcome(self._session, response.welcome)
+            return
+        for message in response.hints.hints:
+            self._receive_hint(message)
+
+    def _receive_hint(self, message: pb.Hint) -> None:
+        session = self._session
+        try:
+            hint = decode_hint(message)
+        except ValueError as error:
+            session.refuse(HintFate.INVALID, str(error))
+            return
+        fault = fault_of(hint, self._spec.num_moe_layers, self._spec.num_experts, session.announced)
+        if fault is not None:
+            session.refuse(fault, f"{hint.version}, layer {hint.layer}, experts {hint.experts[:8]}")
+            return
+        self._inbox.put(ReceivedHint(hint, session.latency_s(hint.observed_step, hint.observed_layer)))
+
+
+def _encode_sample(sample: LayerSample) -> pb.Observation:
+    """Waits for the copy; hidden states go out as they are, without a detour over float32."""
+    message = encode_observation(sample.observation(), Dtype.FLOAT32)
+    if sample.hidden is not None:
+        hidden_RD = sample.hidden.wait().contiguous()
+        data = hidden_RD.view(torch.uint8).numpy().tobytes()
+        message.hidden.CopyFrom(encode_raw_tensor(data, hidden_RD.shape, _DTYPES[hidden_RD.dtype]))
+    return message
+
+
+def _welcome(session: HintSession, message: pb.PredictWelcome) -> None:
+    """Raises InvalidInput for a welcome that cannot be understood."""
+    try:
+        active = decode_version(message.active)
+    except ValueError as error:
+        raise InvalidInput(f"The predictor's welcome cannot be understood: {error}.") from error
+    if message.max_rows == 0:
+        raise InvalidInput("The predictor's welcome wants no rows at all.")
+    session.welcome(active, message.max_rows)
