@@ -19,12 +19,12 @@ from promoe.hint import StepStart
 from promoe.hint_wire import (
     decode_hint,
     decode_version,
-    encode_observation,
     encode_raw_tensor,
     encode_requests_ended,
+    encode_routing,
     encode_step_start,
 )
-from promoe.model_spec import Dtype, ModelSpec
+from promoe.model_spec import ModelSpec
 from promoe.trace_events import HintFate
 from promoe.v1 import model_pb2
 from promoe.v1 import predictor_pb2 as pb
@@ -98,12 +98,19 @@ class Conversation:
 
 def _encode_sample(sample: LayerSample) -> pb.Observation:
     """Waits for the copy; hidden states go out as they are, without a detour over float32."""
-    message = encode_observation(sample.observation(), Dtype.FLOAT32)
+    hidden: pb.Tensor | None = None
     if sample.hidden is not None:
         hidden_RD = sample.hidden.wait().contiguous()
         data = hidden_RD.view(torch.uint8).numpy().tobytes()
-        message.hidden.CopyFrom(encode_raw_tensor(data, hidden_RD.shape, _DTYPES[hidden_RD.dtype]))
-    return message
+        hidden = encode_raw_tensor(data, hidden_RD.shape, _DTYPES[hidden_RD.dtype])
+    return pb.Observation(
+        step=sample.step,
+        layer=sample.layer,
+        rows=sample.rows,
+        num_tokens=sample.num_tokens,
+        hidden=hidden,
+        routings=[encode_routing(routing) for routing in sample.routings],
+    )
 
 
 def _welcome(session: HintSession, message: pb.PredictWelcome) -> None:

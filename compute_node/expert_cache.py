@@ -217,7 +217,7 @@ class ExpertCache:
         self._follow_compute()
         routed_s = self._clock()
         with self._lock:
-            self._take_notice()
+            self._take_notice(looks_for_hints=False)  # what came just now is early enough when the layer is over
             self._prefetcher.pace.routed(layer, routed_s)
             acquisition = self._feed.open(layer, needed)
             self.counters[layer].hits += len(acquisition.hits)
@@ -315,10 +315,10 @@ class ExpertCache:
         self._take_notice()
         self._prefetcher.top_up()
 
-    def _take_notice(self) -> None:
+    def _take_notice(self, looks_for_hints: bool = True) -> None:
         """Hints first: they cost nothing to know. Everything noticed in one look carries its number."""
         self._transfers.catch_up()
-        for received in self._hints.drain():
+        for received in self._hints.drain(looks_for_hints):
             hint = received.hint
             fate = self._prefetcher.book.file(hint)
             if fate is HintFate.TAKEN:

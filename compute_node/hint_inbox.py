@@ -50,9 +50,9 @@ class HintInbox:
                 return
             self._num_overflowed += 1
 
-    def drain(self) -> list[ReceivedHint]:
+    def drain(self, looks_for_more: bool = True) -> list[ReceivedHint]:
         """Takes everything, oldest first."""
-        if self.look_for_more is not None:
+        if looks_for_more and self.look_for_more is not None:
             self.look_for_more()
         waiting = self._waiting
         if not waiting:

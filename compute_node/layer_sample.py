@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from compute_node.device.seam import HostCopy
-from promoe.hint import LayerRouting, Observation, ObservedKind, StepSpan, StepStart
+from promoe.hint import LayerRouting, ObservedKind, StepSpan, StepStart
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,6 @@ class LayerSample:
     num_tokens: int
     hidden: HostCopy | None
     routings: tuple[LayerRouting, ...]
-
-    def observation(self) -> Observation:
-        """For a predictor, without the hidden states: those travel in the model's dtype."""
-        return Observation(self.step, self.layer, self.rows, self.num_tokens, None, self.routings)
 
 
 class LayerSampler(Protocol):

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from compute_node.eviction import Scores
 from compute_node.loads import Load
 from compute_node.schedule import SlotSplit
 from promoe.ids import ExpertId
+
+FEW_VICTIMS: Final = 16
+"""Slots are given up a few at a time before scores change."""
 
 
 @dataclass(frozen=True)
@@ -283,21 +286,29 @@ class SlotTable:
 
         Sorted once for several: an order holds as long as the scores do and nothing more may be given up.
         """
-        layers = slice(pool, pool + 1) if self._split is SlotSplit.LAYER else slice(0, self.geometry.num_layers)
         victims = self._victims.get(pool)
         if victims is None or victims.version != self._score.version:
-            may_go_N = self._may_go_LE[layers].ravel().nonzero()[0]
-            scores_N = self._score(layers).ravel()[may_go_N]
-            # Equal scores in the order of their experts.
-            order = may_go_N[scores_N.argsort(kind="stable")][::-1].tolist()
-            victims = self._victims[pool] = _Victims(self._score.version, order)
-        width = self.geometry.num_experts
+            victims = self._victims[pool] = self._sort(pool)
+        first, width = (pool if self._split is SlotSplit.LAYER else 0), self.geometry.num_experts
         while victims.order:
-            victim = ExpertId(layers.start + victims.order[-1] // width, victims.order[-1] % width)
+            victim = ExpertId(first + victims.order[-1] // width, victims.order[-1] % width)
             if self._may_go_LE[victim]:
                 return victim
             victims.order.pop()
+            if not victims.order:
+                victims = self._victims[pool] = self._sort(pool)
         return None
+
+    def _sort(self, pool: int) -> "_Victims":
+        """The few that are worth least; equal scores in the order of their experts, where those few are all."""
+        layers = slice(pool, pool + 1) if self._split is SlotSplit.LAYER else slice(0, self.geometry.num_layers)
+        may_go_N = self._may_go_LE[layers].ravel().nonzero()[0]
+        scores_N = self._score(layers).ravel()[may_go_N]
+        if len(scores_N) > 2 * FEW_VICTIMS:
+            least = scores_N.argpartition(FEW_VICTIMS)[:FEW_VICTIMS]
+            may_go_N, scores_N = may_go_N[least], scores_N[least]
+        order = may_go_N[scores_N.argsort(kind="stable")][::-1]
+        return _Victims(self._score.version, order.tolist())
 
     def _pool_of(self, slot: Slot) -> int:
         return slot.index // self.geometry.slots_per_layer if self._split is SlotSplit.LAYER else 0

@@ -188,7 +188,7 @@ class RecordedInbox(HintInbox):
         """Looks are counted by step."""
         self._look = 0
 
-    def drain(self) -> list[ReceivedHint]:
+    def drain(self, looks_for_more: bool = True) -> list[ReceivedHint]:
         """One look around."""
         look, self._look = self._look, self._look + 1
         noticed: list[ReceivedHint] = []

@@ -129,11 +129,15 @@ def encode_observation(observation: Observation, dtype: Dtype) -> predictor_pb2.
         layer=observation.layer,
         rows=observation.rows,
         hidden=None if hidden is None else encode_tensor(hidden, dtype),
-        routings=[
-            predictor_pb2.LayerRouting(layer=routing.layer, topk_ids=routing.topk_ids_RK.astype(_IDS).tobytes())
-            for routing in observation.routings
-        ],
+        routings=[encode_routing(routing) for routing in observation.routings],
         num_tokens=observation.num_tokens,
+    )
+
+
+def encode_routing(routing: LayerRouting) -> predictor_pb2.LayerRouting:
+    """To the wire."""
+    return predictor_pb2.LayerRouting(
+        layer=routing.layer, topk_ids=routing.topk_ids_RK.astype(_IDS, copy=False).tobytes()
     )
 
 

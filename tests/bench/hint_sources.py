@@ -112,8 +112,5 @@ class InProcessHints:
 
 def _observed(sample: LayerSample) -> Observation:
     """With the hidden states as the service would decode them."""
-    without = sample.observation()
-    if sample.hidden is None:
-        return without
-    hidden_RD = sample.hidden.wait().float().numpy()
-    return Observation(without.step, without.layer, without.rows, without.num_tokens, hidden_RD, without.routings)
+    hidden_RD = None if sample.hidden is None else sample.hidden.wait().float().numpy()
+    return Observation(sample.step, sample.layer, sample.rows, sample.num_tokens, hidden_RD, sample.routings)

@@ -22,8 +22,8 @@ from tests.promoe.command_line import CommandLine
 from tests.promoe.traces import MadeUpRun
 
 RUN = MadeUpRun(num_requests=3, decode_steps=5)
-ONE = Track("group", "one")
-TWO = Track("other group", "two")
+ONE = Track("one")
+TWO = Track("two")
 
 Place: TypeAlias = tuple[object, object]
 _KEYS = {
@@ -43,6 +43,10 @@ def number(event: JsonEvent, key: str) -> float:
     return value
 
 
+def end_us(event: JsonEvent) -> float:
+    return round(number(event, "ts") + number(event, "dur"), 3)
+
+
 def slices_by_thread(events: Iterable[JsonEvent]) -> dict[Place, list[JsonEvent]]:
     threads: defaultdict[Place, list[JsonEvent]] = defaultdict(list)
     for event in events:
@@ -52,9 +56,10 @@ def slices_by_thread(events: Iterable[JsonEvent]) -> dict[Place, list[JsonEvent]
 
 
 def check(events: list[JsonEvent]) -> None:
-    """What a viewer needs: known phases with their keys, named threads, no overlaps, arrows from slice to slice."""
+    """What a viewer needs: known phases with their keys, named threads, nesting, arrows from slice to slice."""
     named = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
-    assert {e["pid"] for e in events} <= {e["pid"] for e in events if e["name"] == "process_name"}
+    assert {e["pid"] for e in events} == {e["pid"] for e in events if e["name"] == "process_name"} == {1}
+    assert sorted(tid for _, tid in named) == list(range(2, 2 + len(named))), "one of them would be the main thread"  # type: ignore[type-var]
     for event in events:
         phase = str(event["ph"])
         assert set(event) - {"tid"} == _KEYS[phase] - {"tid"}, event
@@ -64,25 +69,26 @@ def check(events: list[JsonEvent]) -> None:
             assert (event["pid"], event["tid"]) in named
     threads = slices_by_thread(events)
     for slices in threads.values():
-        end_us = 0.0
+        open_ends_us: list[float] = []
         for each in sorted(slices, key=lambda each: number(each, "ts")):
-            assert number(each, "ts") >= end_us - 1e-9, f"{each} overlaps"
+            while open_ends_us and open_ends_us[-1] <= number(each, "ts"):
+                open_ends_us.pop()
             assert number(each, "dur") >= 0
-            end_us = round(number(each, "ts") + number(each, "dur"), 3)
+            open_ends_us.append(end_us(each))
+            assert open_ends_us == sorted(open_ends_us, reverse=True), f"{each} overlaps"
     _check_arrows(events, threads)
 
 
 def _check_arrows(events: list[JsonEvent], threads: dict[Place, list[JsonEvent]]) -> None:
     phases: defaultdict[object, list[object]] = defaultdict(list)
+    ends_us: dict[object, float] = {}
     for event in events:
         if event["ph"] in ("s", "t", "f"):
             phases[event["id"]].append(event["ph"])
-            around = [
-                each
-                for each in threads[event["pid"], event["tid"]]
-                if number(each, "ts") <= number(event, "ts") <= number(each, "ts") + number(each, "dur")
-            ]
+            around = [each for each in threads[event["pid"], event["tid"]] if each["ts"] == event["ts"]]
             assert around, f"{event} starts or ends at no slice"
+            assert ends_us.get(event["id"], 0) <= number(event, "ts"), f"{event} would be drawn backwards"
+            ends_us[event["id"]] = end_us(around[0])
     assert all(each in (["s", "f"], ["s", "t", "f"]) for each in phases.values())
 
 
@@ -92,6 +98,10 @@ def painted(events: Iterable[TraceEvent], num_layers: int = RUN.num_layers) -> l
     drawn = list(painter.finish().json_events())
     check(drawn)
     return drawn
+
+
+def tracks(events: list[JsonEvent]) -> list[object]:
+    return [e["args"]["name"] for e in events if e["name"] == "thread_name"]  # type: ignore[index]
 
 
 def named(events: list[JsonEvent], phase: str) -> list[str]:
@@ -116,7 +126,7 @@ def test_overlapping_slices_are_put_on_lanes(wanted: list[tuple[Track, tuple[flo
 
 def test_slices_that_follow_each_other_share_a_lane() -> None:
     slices = [Slice(ONE, "a", 1.0, 1.1), Slice(ONE, "b", 1.1, 1.3), Slice(ONE, "c", 1.2, 1.4)]
-    timeline = Timeline((ONE, TWO), slices, [Instant(TWO, "now", 0.5)], [], [Count("group", "value", 1.0, 0.25)])
+    timeline = Timeline((ONE, TWO), slices, [Instant(TWO, "now", 0.5)], [], [Count("value", "ms", 1.0, 0.25)])
     events = list(timeline.json_events())
     check(events)
     assert {len(each) for each in slices_by_thread(events).values()} == {1, 2}
@@ -125,12 +135,23 @@ def test_slices_that_follow_each_other_share_a_lane() -> None:
     (instant,) = [event for event in events if event["ph"] == "i"]
     assert instant["ts"] == 0
     (count,) = [event for event in events if event["ph"] == "C"]
-    assert (count["ts"], count["args"]) == (500_000, {"value": 0.25})
+    assert (count["ts"], count["args"]) == (500_000, {"ms": 0.25})
+
+
+def test_a_child_lies_on_the_lane_of_its_parent() -> None:
+    other, parent = Slice(ONE, "other", 0, 3), Slice(ONE, "parent", 1, 3)
+    child = Slice(ONE, "child", 1, 2, parent=parent)
+    grandchild = Slice(ONE, "grandchild", 1, 2, parent=child)
+    events = list(Timeline((TWO, ONE), [other, parent, child, grandchild]).json_events())
+    check(events)
+    assert [[each["name"] for each in slices] for slices in slices_by_thread(events).values()] == [
+        ["other"], ["parent", "child", "grandchild"],
+    ]  # fmt: skip
 
 
 def test_arrows_go_from_slice_to_slice() -> None:
     first, second, third = (Slice(ONE, name, at_s, at_s + 1) for name, at_s in (("a", 0), ("b", 2), ("c", 4)))
-    arrows = [Arrow("why", ((first, 0.5), (second, 2.0), (third, 4.5))), Arrow("why", ((first, 1.0), (third, 4.0)))]
+    arrows = [Arrow("why", (first, second, third)), Arrow("why", (first, third))]
     events = list(Timeline((ONE,), [third, second, first], [], arrows).json_events())
     check(events)
     assert [event["ph"] for event in events if "cat" in event] == ["s", "t", "f", "s", "f"]
@@ -143,64 +164,126 @@ def test_everything_in_a_run_is_drawn() -> None:
     loads = [event for event in events if isinstance(event, LoadEvent)]
     slices = named(drawn, "X")
     assert sum(name.startswith("step ") for name in slices) == 18
-    assert "step 1: prefill of 5" in slices
-    assert "step 2: decode of 1" in slices
-    assert sum(name in {"L0", "L1", "L2"} for name in slices) == len(layers)
-    assert sum(name.endswith(": demand load") for name in slices) == sum(layer.stall_s > 0 for layer in layers)
-    assert all(slices.count(str(load.expert)) >= 1 for load in loads)
+    assert "step 1: prefill of 5 tokens" in slices
+    assert "step 2: decode of 1 token" in slices
+    assert sum(name in {"L0 experts", "L1 experts", "L2 experts"} for name in slices) == len(layers)
+    assert sum(name == "stall (demand load)" for name in slices) == sum(layer.stall_s > 0 for layer in layers)
+    assert all(slices.count(f"demand {load.expert}") >= 1 for load in loads)
     assert {"r0", "r1", "r2"} <= set(slices)
     assert named(drawn, "s") == ["hint"] * len(layers)
     assert named(drawn, "C").count("hit rate") == 18
+    assert tracks(drawn) == ["compute", "link", "hints 0 layers ahead", "hints 1 layer ahead", "requests"]
 
 
 def test_a_stall_has_its_length_and_its_cause() -> None:
     ids_TK = np.zeros((1, 2), np.uint16)
     late = LayerEvent(1.0, 2.0, 1, 0, ids_TK, (1,), (3,), (3,), 0.25)
     load = LoadEvent(1.5, 0.9, 1.4, ExpertId(0, 3), LoadReason.DEMAND, 7)
-    drawn = painted([StepEvent(0.9, 1, ()), load, late, replace(late, at_s=2.5, end_s=3, layer=1, late=())], 2)
-    stalls = {e["name"]: (e["ts"], e["dur"]) for e in drawn if "stall" not in str(e["name"]) and ": " in str(e["name"])}
+    not_missed = LoadEvent(1.8, 1.4, 1.7, ExpertId(0, 4), LoadReason.PREFETCH, 7)
+    drawn = painted(
+        [StepEvent(0.9, 1, ()), load, not_missed, late, replace(late, at_s=2.5, end_s=3, layer=1, late=())], 2
+    )
+    stalls = {e["name"]: (e["ts"], e["dur"], e["args"]) for e in drawn if "stall (" in str(e["name"])}
     # The first ends when its load was noticed; of the second nobody knows, so it ends with its layer.
-    assert stalls["L0: late prefetch"] == (pytest.approx(350_000), pytest.approx(250_000))
-    assert stalls["L1: demand load"] == (pytest.approx(1_850_000), pytest.approx(250_000))
+    waited_ms = pytest.approx(250_000)
+    assert stalls["stall (late prefetch)"] == (pytest.approx(350_000), waited_ms, {"waited_for": ["L0E3"]})
+    assert stalls["stall (demand load)"] == (pytest.approx(1_850_000), waited_ms, {"waited_for": ["L1E3"]})
+    assert tracks(drawn) == ["compute", "link"]
 
 
-def test_a_hint_leads_from_its_observation_to_its_layer() -> None:
-    hint = Hint(2, 0, 1, 1, np.array([3, 1], np.uint16), np.array([0.9, 0.5], np.float32), 2, "v@1")
-    ids_TK = np.zeros((1, 2), np.uint16)
-    spans = (StepSpan("a", 1, False),)
+def test_compute_between_layers_is_drawn_but_not_what_may_be_idle() -> None:
+    one, other = ((StepSpan(name, 1, False),) for name in "ab")
+    layer = LayerEvent(1.1, 1.2, 1, 0, np.zeros((1, 2), np.uint16), (0,), (), (), 0)
     drawn = painted(
         [
-            StepEvent(1.0, 1, spans),
-            LayerEvent(1.1, 1.2, 1, 1, ids_TK, (0,), (), (), 0),
-            HintEvent(1.2, hint, HintFate.TAKEN, 0.05),
-            HintEvent(1.2, hint, HintFate.LATE),
-            HintEvent(1.2, replace(hint, step=1), HintFate.TAKEN),  # for a layer that never came
-            StepEvent(1.3, 2, spans),
-            LayerEvent(1.4, 1.5, 2, 0, ids_TK, (3,), (1,), (), 0),
+            StepEvent(1.0, 1, one),
+            layer,
+            replace(layer, at_s=1.2, end_s=1.3, layer=1),
+            StepEvent(1.5, 2, one),
+            replace(layer, at_s=1.6, end_s=1.7, step=2),
+            StepEvent(2.0, 3, other),
+            StepEvent(3.0, 5, other),
         ],
         2,
     )
-    (drawn_hint, unused) = [event for event in drawn if event["name"] == "L0 from L1" and event["ph"] == "X"]
-    assert (drawn_hint["ts"], drawn_hint["dur"]) == (pytest.approx(150_000), pytest.approx(50_000))
-    assert unused["dur"] == pytest.approx(1)
-    assert drawn_hint["args"]["experts"] == {"L0E3": 0.9, "L0E1": 0.5}  # type: ignore[index]
-    assert named(drawn, "i") == ["L0 from L1: late"]
-    assert [(e["ph"], e["ts"]) for e in drawn if e["name"] == "hint"] == [
-        ("s", pytest.approx(150_000)), ("t", pytest.approx(150_000)), ("f", pytest.approx(400_000)),
+    between = [(e["name"], e["ts"], end_us(e)) for e in drawn if " + " in str(e["name"])]
+    assert between == [
+        ("attention + router", 0, 100_000), ("head + sampling", 300_000, 500_000),
+        ("attention + router", 500_000, 600_000),
+    ]  # fmt: skip
+    steps = [(e["ts"], end_us(e)) for e in drawn if str(e["name"]).startswith("step ")]
+    assert steps == [(0, 500_000), (500_000, 700_000), (1_000_000, 1_000_000), (2_000_000, 2_000_000)]
+
+
+def make_hint(step: int) -> Hint:
+    return Hint(step, 0, 1, 1, np.array([3, 1], np.uint16), np.array([0.9, 0.5], np.float32), 2, "v@1")
+
+
+def test_a_hint_says_how_far_it_looks_ahead_and_what_became_of_it() -> None:
+    drawn = painted(
+        [
+            StepEvent(1.0, 1, ()),
+            HintEvent(1.2, make_hint(2), HintFate.TAKEN, 0.05),
+            HintEvent(1.2, make_hint(2), HintFate.LATE),
+            HintEvent(1.2, replace(make_hint(1), layer=3), HintFate.TAKEN),
+        ],
+        4,
+    )
+    (next_step, same_step) = [e for e in drawn if " from L1" in str(e["name"]) and e["ph"] == "X"]
+    assert (next_step["ts"], next_step["dur"]) == (pytest.approx(150_000), pytest.approx(50_000))
+    assert same_step["dur"] == pytest.approx(1)
+    assert next_step["args"]["experts"] == {"L0E3": 0.9, "L0E1": 0.5}  # type: ignore[index]
+    assert [next_step["name"], same_step["name"]] == ["L0 of the next step from L1", "L3 from L1"]
+    assert named(drawn, "i") == ["L0 of the next step from L1: late"]
+    assert tracks(drawn) == ["compute", "hints 2 layers ahead", "hints 3 layers ahead", "hints not taken"]
+
+
+def test_arrows_lead_from_a_hint_through_its_copies_to_its_layer() -> None:
+    def load(begin_s: float, expert: int, layer: int = 0, reason: LoadReason = LoadReason.PREFETCH) -> LoadEvent:
+        return LoadEvent(begin_s + 0.1, begin_s, begin_s + 0.1, ExpertId(layer, expert), reason, 9)
+
+    drawn = painted(
+        [
+            StepEvent(1.0, 1, ()),
+            HintEvent(1.2, make_hint(2), HintFate.TAKEN, 0.1),
+            load(1.1, 3),  # began before there was a hint
+            load(1.3, 3),
+            load(1.4, 2),  # not in the hint
+            load(1.5, 3, layer=1),  # another layer's
+            HintEvent(1.6, make_hint(2), HintFate.TAKEN, 0.1),
+            HintEvent(1.65, replace(make_hint(2), experts=np.array([7, 8], np.uint16)), HintFate.TAKEN, 0.01),
+            StepEvent(1.7, 2, ()),
+            load(1.7, 3, reason=LoadReason.DEMAND),
+            load(1.95, 1),  # too late for the layer
+            LayerEvent(2.0, 2.5, 2, 0, np.zeros((1, 2), np.uint16), (3,), (1,), (), 0),
+        ],
+        2,
+    )
+    arrows: defaultdict[object, list[object]] = defaultdict(list)
+    for event in drawn:
+        if event["name"] == "hint":
+            arrows[event["id"]].append(event["ts"])
+    ms = pytest.approx
+    assert list(arrows.values()) == [
+        [ms(100_000), ms(300_000), ms(1_000_000)], [ms(500_000), ms(950_000)], [ms(640_000), ms(1_000_000)],
     ]  # fmt: skip
 
 
-def test_copies_at_the_same_time_lie_on_lanes_by_reason() -> None:
+def test_copies_follow_each_other_on_the_link() -> None:
     def load(begin_s: float, end_s: float, reason: LoadReason, *, is_paused: bool = False) -> LoadEvent:
         return LoadEvent(end_s, begin_s, end_s, ExpertId(0, 1), reason, 9, is_paused=is_paused)
 
-    prefetch, stream = LoadReason.PREFETCH, LoadReason.STREAM
+    prefetch, demand, stream = LoadReason.PREFETCH, LoadReason.DEMAND, LoadReason.STREAM
     drawn = painted(
-        [load(0, 2, prefetch), load(1, 3, prefetch), load(-1, 0.5, stream), load(2, 4, prefetch, is_paused=True)]
+        [load(1, 5, prefetch), load(2, 4, demand), load(0, 0.5, stream), load(0.25, 1.5, prefetch, is_paused=True)]
     )
-    names = [e["args"]["name"] for e in drawn if e["name"] == "thread_name"]  # type: ignore[index]
-    assert names == ["prefetch", "prefetch (2)", "stream"]
-    assert "L0E1 (left off)" in named(drawn, "X")
+    assert tracks(drawn) == ["link"]
+    assert {e["name"]: (e["ts"], e["dur"], e["args"]["queued_ms"]) for e in drawn if e["ph"] == "X"} == {  # type: ignore[index]
+        "stream L0E1": (0, 500_000, 0),
+        "prefetch L0E1 (left off)": (500_000, 1_000_000, 250),
+        "demand L0E1": (2_000_000, 2_000_000, 0),
+        "prefetch L0E1": (4_000_000, 1_000_000, 3000),
+    }
 
 
 def test_the_command_writes_a_file_that_viewers_open(
@@ -214,6 +297,7 @@ def test_the_command_writes_a_file_that_viewers_open(
     ran = command_line.run("trace", "timeline", str(tmp_path / "run.trace"), "-o", str(whole))
     assert ran.code == 0, ran.err
     assert "18 steps, " in ran.err
+    assert f"pip install viztracer && vizviewer {whole}" in ran.err
     document = json.loads(whole.read_text())
     assert document["displayTimeUnit"] == "ms"
     check(document["traceEvents"])

