@@ -8,7 +8,7 @@ a CPU it is the real one (`EmulatedTransfers`).
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from compute_node.chunks_in_flight import LinkMeter
 from compute_node.load_queue import Chunk, ChunkSettings, LoadQueue
@@ -50,8 +50,7 @@ class LinkModel:
         return self.chunk_s + nbytes / self.bytes_per_s
 
 
-@dataclass(frozen=True)
-class ClockedTicket:
+class ClockedTicket(NamedTuple):
     """A chunk that arrives at `end_s`; whoever waits for it lets the time pass, and wakes `wake_s` later."""
 
     clock: LinkClock

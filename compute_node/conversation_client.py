@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from compute_node.expert_weights import TORCH_DTYPES
 from compute_node.hint_checks import fault_of
 from compute_node.hint_inbox import HintInbox, ReceivedHint
-from compute_node.hint_session import MAX_ROWS, HintSession
+from compute_node.hint_session import HintSession
 from compute_node.layer_sample import LayerSample
 from compute_node.outgoing import OutgoingEvent
 from promoe.errors import InvalidInput, error_of_code
@@ -33,7 +33,11 @@ from promoe.wire import check_schema, encode_spec
 _DTYPES: Final = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 
 
-def hello_message(info: model_pb2.ServiceInfo, spec: ModelSpec, max_rows: int = MAX_ROWS) -> bytes:
+NBYTES_A_HINT: Final = 2048
+"""A message is charged for its size, too, by the most that a hint is long."""
+
+
+def hello_message(info: model_pb2.ServiceInfo, spec: ModelSpec, max_rows: int) -> bytes:
     """The first message of every session."""
     hello = pb.PredictHello(service=info, model=encode_spec(spec), max_rows=max_rows)
     return pb.PredictRequest(hello=hello).SerializeToString()
@@ -72,7 +76,7 @@ class Conversation:
             response = pb.PredictResponse.FromString(data)
         except DecodeError as error:
             raise InvalidInput(f"The predictor sends what cannot be decoded: {error}.") from error
-        self._session.charge(1 + len(response.hints.hints))
+        self._session.charge(1 + len(response.hints.hints) + len(data) // NBYTES_A_HINT)
         if response.HasField("end"):
             raise error_of_code(response.end.status_code, response.end.reason)
         if response.HasField("welcome"):
@@ -84,6 +88,10 @@ class Conversation:
 
     def _receive_hint(self, message: pb.Hint) -> None:
         session = self._session
+        if len(message.experts) > self._spec.num_experts:
+            # Before it is decoded, which takes as long as it is.
+            session.refuse(HintFate.INVALID, f"{len(message.experts)} experts of {self._spec.num_experts}")
+            return
         try:
             hint = decode_hint(message)
         except ValueError as error:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from compute_node.expert_history import ExpertHistory
 from promoe.config import SettingUnfit
+from promoe.ids import ExpertId
 
 Scores: TypeAlias = npt.NDArray[np.float64] | npt.NDArray[np.int64]
 Eviction: TypeAlias = Callable[[ExpertHistory, slice], Scores]
@@ -73,10 +74,15 @@ class ScoresBy:
         self._history = history
 
     @property
-    def version(self) -> int:
-        """Changes whenever the scores may have."""
-        return self._history.version
+    def epoch(self) -> int:
+        """Changes whenever scores may have, but for those of experts that are hinted or being loaded."""
+        return self._history.epoch
 
     def __call__(self, layers: slice) -> Scores:
         """Of the experts of these layers, (layers, E)."""
         return self._eviction(self._history, layers)
+
+    def of(self, expert: ExpertId) -> float:
+        """Of one expert."""
+        score: float = self._eviction(self._history, slice(expert.layer, expert.layer + 1)).item(0, expert.expert)
+        return score

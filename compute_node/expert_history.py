@@ -42,6 +42,7 @@ class ExpertHistory:
         later_visits_LE: expected visits until use when the next visit does not need it.
         layer: the layer whose routing became known last; -1 at the beginning of a step.
         version: changes whenever estimates of the next use do.
+        epoch: changes with everything that changes many experts' scores: a routing, a step, hints that count as uses.
     """
 
     def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
@@ -50,6 +51,7 @@ class ExpertHistory:
         self._experts_per_token = experts_per_token
         self._layers_L = np.arange(num_layers)
         self.version = 0
+        self.epoch = 0
         self.reset()
 
     def reset(self) -> None:
@@ -66,6 +68,7 @@ class ExpertHistory:
         self.later_visits_LE: FloatArray = np.full(shape, 1 / start)
         self.layer = -1
         self.version += 1
+        self.epoch += 1
         self._clock = 0
         self._num_next_rows = 1
 
@@ -73,6 +76,7 @@ class ExpertHistory:
         """The next visits are this step's, of `num_tokens` tokens; the step after it has a token per request."""
         self.layer = -1
         self.version += 1
+        self.epoch += 1
         if num_tokens != self._num_next_rows:
             self.next_probability_LE = _union(self._token_probability_LE, num_tokens)
         self._num_next_rows = num_requests
@@ -88,6 +92,7 @@ class ExpertHistory:
         """
         self.layer = layer
         self.version += 1
+        self.epoch += 1
         chosen = list(experts)
         ticks = np.arange(self._clock + 1, self._clock + len(chosen) + 1)
         self._clock += len(chosen)
@@ -119,6 +124,7 @@ class ExpertHistory:
     def touched(self, layer: int, experts: Sequence[int]) -> None:
         """A hint names these experts of a layer; later ones of the list count as touched earlier (ProMoE §6.1)."""
         self.version += 1
+        self.epoch += 1
         for expert in reversed(experts):
             self._clock += 1
             self.last_touch_LE[layer, expert] = self._clock
@@ -168,6 +174,7 @@ class ExpertHistory:
                 raise ValueError(f"the history's {name} has the shape {array.shape}")
             setattr(self, name, array)
         self.version += 1
+        self.epoch += 1
         self.layer = int(document["layer"])
         self._clock = int(document["clock"])
         self._num_next_rows = int(document["num_next_rows"])

@@ -16,6 +16,7 @@ import random
 import select
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import version
@@ -34,7 +35,7 @@ from compute_node.packet_carrier import PacketCarrier
 from promoe.errors import DeadlineExceeded, ModelMismatch, PromoeError, Unavailable
 from promoe.hint import ObservedKind, PredictorVersion, RequestsEnded, StepStart
 from promoe.model_spec import ModelSpec
-from promoe.packet_channel import LARGEST_PACKET_NBYTES, PacketChannel
+from promoe.packet_channel import LARGEST_PACKET_NBYTES, PacketChannel, packet_path
 from promoe.rpc import CHANNEL_OPTIONS, INFO_DEADLINE_S, domain_error
 from promoe.v1 import model_pb2
 from promoe.v1 import predictor_pb2 as pb
@@ -72,12 +73,15 @@ class Patience:
         last_retry_s: up to this. One that misbehaved or is another model's is left alone so long at once.
         welcome_s: until it must have answered the hello.
         settled_s: a session that lasts so long ends what was wrong before it.
+        silence_s: a service on this host that neither reads nor says anything for so long is given up; gRPC's
+            keepalive does the same elsewhere.
     """
 
     first_retry_s: float = 0.1
     last_retry_s: float = 5.0
     welcome_s: float = 5.0
     settled_s: float = 5.0
+    silence_s: float = 15.0
 
 
 class HintClient:
@@ -98,7 +102,7 @@ class HintClient:
         self._retry_s = self._patience.first_retry_s
         self._peer = f"The predictor at {endpoint}"
         # An observation fits a packet, with room for its routing.
-        self._max_rows = max(1, min(MAX_ROWS, LARGEST_PACKET_NBYTES // 2 // (4 * spec.hidden_size)))
+        self._packet_rows = max(1, min(MAX_ROWS, LARGEST_PACKET_NBYTES // 2 // (4 * spec.hidden_size)))
         self._info = model_pb2.ServiceInfo(
             version=version("promoe"), schema_version=SCHEMA_VERSION, instance_id=uuid4().hex
         )
@@ -112,7 +116,7 @@ class HintClient:
         self._call: grpc.Call | None = None
         self._channel: PacketChannel | None = None
         self._carrier: PacketCarrier | None = None
-        inbox.look_for_more = self._look
+        inbox.look_for_more, inbox.flush = self._look, self._flush
         self._thread = threading.Thread(target=self._run, name="hint-client", daemon=True)
 
     @property
@@ -180,11 +184,17 @@ class HintClient:
         if carrier is not None:
             carrier.look()
 
+    def _flush(self) -> None:
+        """The same for what was still on its way to the host when it was handed over."""
+        carrier = self._carrier
+        if carrier is not None:
+            carrier.flush()
+
     # ---- gRPC's sending thread ----
 
     def _requests(self, outgoing: OutgoingQueue) -> Iterator[bytes]:
         """The stream's messages, until the session's end."""
-        yield hello_message(self._info, self._spec, self._max_rows)
+        yield hello_message(self._info, self._spec, MAX_ROWS)
         while (event := outgoing.next_event()) is not None:
             yield encode_event(event)
             outgoing.num_sent += isinstance(event, LayerSample)
@@ -219,8 +229,8 @@ class HintClient:
         """
         try:
             with grpc.insecure_channel(self.endpoint, options=_CHANNEL_OPTIONS) as channel:
-                packet_socket = self._check_peer(channel)
-                packets = self._connect_packets(packet_socket) if packet_socket else None
+                path = packet_path(self.endpoint) if self._check_peer(channel) else None
+                packets = None if path is None else self._connect_packets(path)
                 if packets is None:
                     self._follow_stream(channel)
                     return
@@ -229,8 +239,8 @@ class HintClient:
         except grpc.RpcError as error:
             raise domain_error(error) from error
 
-    def _check_peer(self, channel: grpc.Channel) -> str:
-        """The path of the service's packet socket; empty for none."""
+    def _check_peer(self, channel: grpc.Channel) -> bool:
+        """Whether the service listens on a packet socket, too."""
         call = pb_grpc.PredictorStub(channel).GetInfo.future(pb.PredictorGetInfoRequest(), timeout=INFO_DEADLINE_S)
         self._hold(call)
         try:
@@ -244,12 +254,12 @@ class HintClient:
                 f"This node serves {spec.name} (fingerprint {spec.fingerprint}), but the predictor at {self.endpoint} "
                 f"is for {model.name} (fingerprint {model.fingerprint})."
             )
-        return info.packet_socket
+        return info.packets
 
-    def _connect_packets(self, path: str) -> PacketChannel | None:
+    def _connect_packets(self, path: Path) -> PacketChannel | None:
         """None where the service's socket cannot be reached, as from another container."""
         try:
-            return PacketChannel.connect(Path(path), self._patience.welcome_s)
+            return PacketChannel.connect(path, self._patience.welcome_s)
         except Unavailable as error:
             logger.info("The predictor is talked to over gRPC: %s.", error)
             return None
@@ -267,30 +277,39 @@ class HintClient:
         conversation = Conversation(self._peer, self._spec, session, self._inbox)
         try:
             self._channel = channel
-            channel.send(hello_message(self._info, self._spec, self._max_rows))
+            with suppress(Unavailable):  # what the service said before it went tells more
+                channel.send(hello_message(self._info, self._spec, self._packet_rows))
             while session.active is None and not self._closing.is_set():
                 message = channel.receive(max(0.001, self._patience.welcome_s - session.age_s))
                 if message is None:
                     raise DeadlineExceeded(f"No welcome came within {self._patience.welcome_s:g} s.")
                 conversation.receive(message)
+            if session.active is None:
+                raise Unavailable("This client was closed")
             # From here on the channel is the engine thread's.
             self._session, self._carrier = session, carrier
             self._note_connected(session)
-            self._await_end(channel, session)
+            self._await_end(channel, session, carrier)
         finally:
             self._channel = self._carrier = None
             failure = carrier.finish()
             self._session, self._past = None, session.add_to(self._past)
         raise failure
 
-    def _await_end(self, channel: PacketChannel, session: HintSession) -> None:
-        """Until the service or the carrier hangs up; what comes to be read is the engine thread's."""
+    def _await_end(self, channel: PacketChannel, session: HintSession, carrier: PacketCarrier) -> None:
+        """Until the service or the carrier hangs up; what comes to be read is the engine thread's.
+
+        Raises:
+            DeadlineExceeded: the service neither reads nor says anything.
+        """
         poll = select.poll()
         poll.register(channel.fileno(), select.POLLRDHUP)
-        until_settled_s = self._patience.settled_s - session.age_s
-        if until_settled_s <= 0 or not poll.poll(until_settled_s * 1e3):
-            self._note_connected(session)
-            poll.poll()
+        if poll.poll(max(0.0, self._patience.settled_s - session.age_s) * 1e3):
+            return
+        self._note_connected(session)
+        while not poll.poll(self._patience.silence_s * 1e3):
+            if carrier.is_stuck:
+                raise DeadlineExceeded(f"It has neither read nor said anything for {self._patience.silence_s:g} s.")
 
     def _follow_stream(self, channel: grpc.Channel) -> None:
         outgoing = OutgoingQueue()

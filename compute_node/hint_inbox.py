@@ -26,6 +26,7 @@ class HintInbox:
 
     Attributes:
         look_for_more: called before the inbox is drained, on the thread that drains it: fetches what nobody brings.
+        flush: called in its place where nothing more is looked for: sends what nobody else sends.
     """
 
     def __init__(self, capacity: int = 1024) -> None:
@@ -33,7 +34,8 @@ class HintInbox:
         self._waiting: deque[ReceivedHint] = deque()
         self._capacity = capacity
         self._num_overflowed = 0
-        self.look_for_more: Callable[[], None] | None = None
+        self.look_for_more: Callable[[], None] = _nothing
+        self.flush: Callable[[], None] = _nothing
 
     @property
     def num_overflowed(self) -> int:
@@ -52,8 +54,10 @@ class HintInbox:
 
     def drain(self, looks_for_more: bool = True) -> list[ReceivedHint]:
         """Takes everything, oldest first."""
-        if looks_for_more and self.look_for_more is not None:
+        if looks_for_more:
             self.look_for_more()
+        else:
+            self.flush()
         waiting = self._waiting
         if not waiting:
             return []
@@ -65,3 +69,7 @@ class HintInbox:
             except IndexError:  # the other thread pushed some out
                 break
         return drained
+
+
+def _nothing() -> None:
+    """Where a thread brings and sends."""

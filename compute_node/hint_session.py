@@ -1,6 +1,6 @@
 """One session with the predictor: which versions were announced, what is allowed, what was counted. Knows no wire.
 
-Of several threads that touch it each counter has one writer: see `HintClient`.
+Of several threads that touch it each counter has one writer at a time: see `HintClient`.
 """
 
 import logging

@@ -88,7 +88,9 @@ class LayerObserver:
         for watch in self._watches:
             wanted = watch.wanted
             if wanted.routing:
-                ids_RK = topk_ids_TK[watch.rows.host_R].astype(np.uint16)
+                rows = watch.rows
+                seen_RK = topk_ids_TK[: self._num_tokens] if rows.index_R is None else topk_ids_TK[rows.host_R]
+                ids_RK = seen_RK.astype(np.uint16)
                 watch.routings.append(LayerRouting(layer, ids_RK))
             if wanted.router_input:
                 hidden = self._copy(hidden_TD, watch.rows, copies)

@@ -9,7 +9,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from compute_node.device.seam import CopyTicket
 from compute_node.loads import Load, LoadState
@@ -46,8 +46,7 @@ class ChunkSettings:
         return min(self.chunk_nbytes, rest_nbytes)
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A part of a load, on its way to the link.
 
     Attributes:

@@ -46,6 +46,8 @@ class PacketCarrier:
         self._is_closed = False
         self._ended_ids: tuple[str, ...] = ()
         self._is_step_told = False
+        self._num_heard = 0
+        self._dropped_then = self._heard_then = 0
         # Hidden states that are still on their way to the host, and what came after them.
         self._waiting: deque[OutgoingEvent] = deque()
 
@@ -55,15 +57,22 @@ class PacketCarrier:
         """Sends as soon as its hidden states are on the host."""
         with self._lock:
             if len(self._waiting) >= QUEUE_CAPACITY:
-                self._give_up(self._waiting.popleft())
+                # Hidden states that do not come; what waited behind them goes out in its order.
+                self._waiting.popleft()
+                self.num_dropped += 1
             self._waiting.append(event)
             self._send_waiting()
 
-    def look(self) -> None:
-        """Sends what has become ready, and takes what came."""
-        with self._lock:
-            if self._waiting:
+    def flush(self) -> None:
+        """Sends what has become ready."""
+        if self._waiting:
+            with self._lock:
                 self._send_waiting()
+
+    def look(self) -> None:
+        """The same, and takes what came."""
+        with self._lock:
+            self._send_waiting()
             if self._is_over:
                 return
             try:
@@ -73,19 +82,27 @@ class PacketCarrier:
 
     # ---- the client's thread
 
+    @property
+    def is_stuck(self) -> bool:
+        """Since this was asked last nothing was heard, and not everything could be told."""
+        is_stuck = self.num_dropped > self._dropped_then and self._num_heard == self._heard_then
+        self._dropped_then, self._heard_then = self.num_dropped, self._num_heard
+        return is_stuck
+
     def finish(self) -> PromoeError:
         """Takes what is still there, closes, and says why the session is over."""
         with self._lock:
-            try:
-                # The service's own reason, where it gave one, says more than that nothing could be sent any more.
-                while not self._is_closed and self._receive_waiting():
-                    pass
-            except PromoeError as error:
-                if self._failure is None or not isinstance(error, Unavailable):
-                    self._failure = error
             self._is_closed = True
-            self._channel.close()
-            return self._failure or Unavailable("The predictor ended the session.")
+        # The engine thread leaves the channel alone now, and does not wait for what follows.
+        try:
+            # The service's own reason, where it gave one, says more than that nothing could be sent any more.
+            while self._receive_waiting():
+                pass
+        except PromoeError as error:
+            if self._failure is None or not isinstance(error, Unavailable):
+                self._failure = error
+        self._channel.close()
+        return self._failure or Unavailable("The predictor ended the session.")
 
     # ---- either, with the lock
 
@@ -100,13 +117,6 @@ class PacketCarrier:
             if isinstance(event, LayerSample) and event.hidden is not None and not event.hidden.ticket.is_done():
                 return
             self._send_one(waiting.popleft())
-
-    def _give_up(self, event: OutgoingEvent) -> None:
-        """Hidden states that do not come in time; what is not an observation is told all the same."""
-        if isinstance(event, LayerSample):
-            self.num_dropped += 1
-        else:
-            self._send_one(event)
 
     def _send_one(self, event: OutgoingEvent) -> None:
         if isinstance(event, RequestsEnded):
@@ -136,6 +146,7 @@ class PacketCarrier:
             message = self._channel.receive(0)
             if message is None:
                 return False
+            self._num_heard += 1
             self._receive(message)
         return True
 

@@ -30,9 +30,10 @@ STREAM_LAYERS: Final = 2
 LEAST_PROBABILITY: Final = 0.15
 """Less likely experts are not prefetched, however idle the link is: a chunk of theirs may hold up a demand load."""
 
-LINK_COST: Final = 1.0
+LOAD_COST: Final = 1.0
 RELOAD_COST: Final = 2.0
-"""Of a wrong prefetch, in units of the wait that a right one saves; chosen by replaying chats of the demo model."""
+"""Of a wrong prefetch, in units of the wait that a right one saves; chosen by replaying chats of the demo model. The
+first is not forgiven where the link is idle: a load takes time from the engine thread, too."""
 
 LEAST_STREAMED_PROBABILITY: Final = 0.5
 FEWEST_QUEUED_BLOBS: Final = 2
@@ -82,6 +83,7 @@ class Prefetcher:
         self.link_bytes_per_s = 0.0
         self._loading: dict[ExpertId, Slot] = {}
         self._exhausted_version = -1
+        self._withdrawn: set[ExpertId] = set()
         table.on_given_up = self.given_up
 
     @property
@@ -220,7 +222,7 @@ class Prefetcher:
                 room_nbytes -= self._blob_nbytes
                 if room_nbytes <= 0:
                     break
-            elif self._table.find(candidate.expert) is None:
+            elif self._table.find(candidate.expert) is None and candidate.expert not in self._withdrawn:
                 refused[pool] = candidate.probability
         else:
             self._exhausted_version = self._history.version
@@ -317,7 +319,9 @@ class Prefetcher:
                 load = self._new_load(expert, slot)
             except Unavailable:
                 self._table.give_back(slot)
+                self._withdrawn.add(expert)
                 return None
+            self._withdrawn.discard(expert)
             self._table.place(slot, load)
             self._history.loaded(expert, is_needed=False)
         elif slot.kept_nbytes is None or slot.pins:
@@ -335,12 +339,11 @@ class Prefetcher:
     def _is_worth(self, candidate: Candidate) -> Callable[[ExpertId], bool] | None:
         """Whether a load now is worth the expert that has to go; None: always.
 
-        If the guess is right, a wait is saved, and the same expert would have gone anyway. If it is wrong, the link
-        worked in vain, which matters as far as it has other work, and the expert that went may have to come back.
+        If the guess is right, a wait is saved, and the same expert would have gone anyway. If it is wrong, the load was
+        in vain, and the expert that went may have to come back.
         """
         if not self._weighs_victims:
             return None
         chance = candidate.probability
-        link_cost = LINK_COST * self.pace.link_busy_share
         probability_LE = self._history.next_probability_LE
-        return lambda victim: bool((1 - chance) * (link_cost + RELOAD_COST * probability_LE[victim]) < chance)
+        return lambda victim: bool((1 - chance) * (LOAD_COST + RELOAD_COST * probability_LE[victim]) < chance)

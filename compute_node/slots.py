@@ -90,19 +90,22 @@ class Scoring(Protocol):
     """What experts are worth."""
 
     @property
-    def version(self) -> int:
-        """Changes whenever scores may have, but for that of an expert that is being loaded."""
+    def epoch(self) -> int:
+        """Changes whenever scores may have, but for those of experts that are hinted or being loaded."""
 
     def __call__(self, layers: slice) -> Scores:
         """Of the experts of these layers, (layers, E)."""
 
+    def of(self, expert: ExpertId) -> float:
+        """Of one expert."""
+
 
 @dataclass(frozen=True)
 class _Victims:
-    """Numbers of experts in their pool, worth least last."""
+    """Experts as numbers in their pool and their scores, worth least last."""
 
-    version: int
-    order: list[int]
+    epoch: int
+    order: list[tuple[int, float]]
 
 
 class SlotTable:
@@ -139,7 +142,7 @@ class SlotTable:
         self._free = [self.slots[pool * share : (pool + 1) * share][::-1] for pool in range(num_pools)]
         self.slot_of: list[dict[int, Slot]] = [{} for _ in range(geometry.num_layers)]
         self._may_go_LE = np.zeros((geometry.num_layers, geometry.num_experts), dtype=bool)
-        # By pool: what may be given up, worth most first, as of one version of the scores; see `_least_worth`.
+        # By pool: what may be given up, worth most first; see `_least_worth`.
         self._victims: dict[int, _Victims] = {}
         self.evictions = Counter[int]()
         self.on_given_up: Callable[[Slot], None] = lambda slot: None
@@ -247,11 +250,7 @@ class SlotTable:
         """Notes whether the slot may be given up; call it when its load was paused or goes on."""
         assert slot.expert is not None, "a FREE slot is not given up"
         is_still = slot.state is SlotState.READY or slot.kept_nbytes is not None
-        may_go = is_still and slot.pins == 0
-        if may_go and not self._may_go_LE[slot.expert]:
-            # It may be worth less than those whose order is known.
-            self._victims.pop(self._pool_of(slot), None)
-        self._may_go_LE[slot.expert] = may_go
+        self._may_go_LE[slot.expert] = is_still and slot.pins == 0
 
     def states_LE(self) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
         """By layer and expert: 1 resident, 2 loading, 0 neither."""
@@ -284,31 +283,40 @@ class SlotTable:
     def _least_worth(self, pool: int) -> ExpertId | None:
         """Of the pool's experts that may be given up; None when there are none.
 
-        Sorted once for several: an order holds as long as the scores do and nothing more may be given up.
+        Sorted once for all that give way in an epoch of the scores: sorting takes longer than giving up. What may be
+        given up only since then, or has become worth more since then, waits until the others have gone.
         """
         victims = self._victims.get(pool)
-        if victims is None or victims.version != self._score.version:
-            victims = self._victims[pool] = self._sort(pool)
+        if victims is not None and victims.epoch == self._score.epoch:
+            victim = self._first_of(victims, pool)
+            if victim is not None:
+                return victim
+        victims = self._victims[pool] = self._sort(pool)
+        return self._first_of(victims, pool)
+
+    def _first_of(self, victims: "_Victims", pool: int) -> ExpertId | None:
+        """Forgets those that must stay."""
         first, width = (pool if self._split is SlotSplit.LAYER else 0), self.geometry.num_experts
         while victims.order:
-            victim = ExpertId(first + victims.order[-1] // width, victims.order[-1] % width)
-            if self._may_go_LE[victim]:
+            number, score = victims.order[-1]
+            victim = ExpertId(first + number // width, number % width)
+            if self._may_go_LE[victim] and self._score.of(victim) <= score:
                 return victim
             victims.order.pop()
-            if not victims.order:
-                victims = self._victims[pool] = self._sort(pool)
         return None
 
     def _sort(self, pool: int) -> "_Victims":
-        """The few that are worth least; equal scores in the order of their experts, where those few are all."""
+        """The few that are worth least; equal scores in the order of their experts."""
         layers = slice(pool, pool + 1) if self._split is SlotSplit.LAYER else slice(0, self.geometry.num_layers)
         may_go_N = self._may_go_LE[layers].ravel().nonzero()[0]
         scores_N = self._score(layers).ravel()[may_go_N]
         if len(scores_N) > 2 * FEW_VICTIMS:
-            least = scores_N.argpartition(FEW_VICTIMS)[:FEW_VICTIMS]
+            # All that are worth as much as the last of the few: which of them come first must not be chance.
+            bound = np.partition(scores_N, FEW_VICTIMS - 1)[FEW_VICTIMS - 1]
+            least = (scores_N <= bound).nonzero()[0]
             may_go_N, scores_N = may_go_N[least], scores_N[least]
-        order = may_go_N[scores_N.argsort(kind="stable")][::-1]
-        return _Victims(self._score.version, order.tolist())
+        order = scores_N.argsort(kind="stable")[::-1]
+        return _Victims(self._score.epoch, list(zip(may_go_N[order].tolist(), scores_N[order].tolist(), strict=True)))
 
     def _pool_of(self, slot: Slot) -> int:
         return slot.index // self.geometry.slots_per_layer if self._split is SlotSplit.LAYER else 0

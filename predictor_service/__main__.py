@@ -69,7 +69,7 @@ def _open_packets(service: PredictorService, endpoint: str, max_sessions: int) -
     except ResourceExhausted as error:
         logger.warning("Nodes are talked to over gRPC only: %s", error)
         return None
-    service.packet_socket = str(path)
+    service.has_packets = True
     packets.start()
     return packets
 

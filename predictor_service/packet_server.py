@@ -3,6 +3,7 @@
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -20,8 +21,8 @@ class PacketServer:
 
     Args:
         path: of the socket; see `listen_for_packets`.
-        converse: holds one session; returns when it is over and never raises.
-        max_connections: open at once; more are closed at once, and the nodes use gRPC.
+        converse: holds one session; returns when it is over.
+        max_connections: open at once; more are closed at once, and the nodes come again.
 
     Raises:
         ResourceExhausted: the socket cannot be made.
@@ -53,8 +54,9 @@ class PacketServer:
             threads = list(self._open.values())
             for channel in self._open:
                 channel.stop_receiving()
+        until_s = time.perf_counter() + _JOIN_S
         for thread in threads:
-            thread.join(_JOIN_S)
+            thread.join(max(0.0, until_s - time.perf_counter()))
 
     def _accept_all(self) -> None:
         while not self._closing.is_set():
@@ -74,11 +76,17 @@ class PacketServer:
             if len(self._open) >= self._max_connections:
                 connection.close()
                 return
-            channel = PacketChannel(connection)
-            # A node that went away must not keep the process alive.
-            thread = threading.Thread(target=self._serve, args=(channel,), name="session", daemon=True)
+            try:
+                channel = PacketChannel(connection)
+                # A node that went away must not keep the process alive.
+                thread = threading.Thread(target=self._serve, args=(channel,), name="session", daemon=True)
+                thread.start()
+            except (OSError, RuntimeError) as error:  # out of buffers or threads
+                logger.error("A node cannot be let in over packets (%s).", error)
+                connection.close()
+                return
+            # The thread looks for its entry when it ends, under the lock.
             self._open[channel] = thread
-            thread.start()
 
     def _serve(self, channel: PacketChannel) -> None:
         try:

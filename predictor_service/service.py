@@ -19,7 +19,7 @@ from predictor_service.dropping_queue import DroppingQueue
 from predictor_service.predictor import Predictor
 from predictor_service.session import Session
 from predictor_service.session_book import OpenSession, PredictorStats, SessionBook, SessionLimits
-from promoe.errors import InvalidInput, ModelMismatch, PromoeError, Unavailable, code_of
+from promoe.errors import DeadlineExceeded, InvalidInput, ModelMismatch, Unavailable, code_of
 from promoe.hint_wire import (
     decode_observation,
     decode_requests_ended,
@@ -37,6 +37,12 @@ from promoe.wire import SCHEMA_VERSION, check_schema, encode_spec
 
 SERVICE_NAME: Final = "promoe.v1.Predictor"
 
+HELLO_DEADLINE_S: Final = 10.0
+"""Who connects and says nothing must not keep a place for ever."""
+
+MOST_PACKETS_A_TURN: Final = 256
+"""That are read before one is answered: who never stops sending gets answers all the same."""
+
 
 class PredictorService(pb_grpc.PredictorServicer):
     """Servicer of one predictor version.
@@ -47,11 +53,11 @@ class PredictorService(pb_grpc.PredictorServicer):
         limits: what one session and all together may use.
 
     Attributes:
-        packet_socket: path of the socket on which `converse` is served; empty where there is none.
+        has_packets: `converse` is served, too.
     """
 
     def __init__(self, spec: ModelSpec, predictor: Predictor, limits: SessionLimits) -> None:
-        self.packet_socket = ""
+        self.has_packets = False
         self._sessions = SessionBook[pb.PredictRequest](spec, predictor, limits)
         self._info = model_pb2.ServiceInfo(
             version=version("promoe"), schema_version=SCHEMA_VERSION, instance_id=uuid4().hex
@@ -77,7 +83,7 @@ class PredictorService(pb_grpc.PredictorServicer):
             service=self._info,
             model=encode_spec(self._sessions.spec),
             active=encode_version(self._sessions.predictor.version),
-            packet_socket=self.packet_socket,
+            packets=self.has_packets,
         )
 
     def Stats(self, request: pb.PredictorStatsRequest, context: grpc.ServicerContext) -> pb.PredictorStatsResponse:
@@ -113,14 +119,16 @@ class PredictorService(pb_grpc.PredictorServicer):
         """The same session, a message per packet; its end is a message, too."""
         try:
             self._converse(channel)
-        except Exception as error:  # the process edge of every connection
+        except Exception as error:  # noqa: BLE001 (the process edge of every connection)
+            # A bug is logged there with its traceback; the other connections go on.
             status, text = told(error, f"{SERVICE_NAME}/packets")
             _send(channel, pb.PredictResponse(end=pb.SessionEnd(status_code=code_of(status), reason=text)))
-            if status is grpc.StatusCode.INTERNAL and not isinstance(error, PromoeError):
-                raise
 
     def _converse(self, channel: PacketChannel) -> None:
-        with self._opened(_decode(channel.receive(None))) as entry:
+        hello = channel.receive(HELLO_DEADLINE_S)
+        if hello is None:
+            raise DeadlineExceeded(f"No hello came within {HELLO_DEADLINE_S:g} s.")
+        with self._opened(_decode(hello)) as entry:
             _send(channel, self._welcome(entry))
             while (event := _await_event(channel, entry.waiting)) is not None:
                 response = _handle(entry.session, event)
@@ -169,9 +177,11 @@ def _await_event(channel: PacketChannel, waiting: DroppingQueue[pb.PredictReques
     """The next one; everything that has come goes through the queue, so that what is too old is dropped."""
     try:
         data = None if waiting.is_closed else channel.receive(0 if len(waiting) else None)
+        num_read = 0
         while data is not None:
             _put(waiting, _decode(data))
-            data = channel.receive(0)
+            num_read += 1
+            data = channel.receive(0) if num_read < MOST_PACKETS_A_TURN else None
     except Unavailable:  # the node has left, or the service is shutting down
         waiting.close()
     return waiting.get()
@@ -181,8 +191,7 @@ def _put(waiting: DroppingQueue[pb.PredictRequest], request: pb.PredictRequest) 
     waiting.put(request, droppable=request.WhichOneof("event") == "observation")
 
 
-def _decode(data: bytes | None) -> pb.PredictRequest:
-    assert data is not None, "it was waited for"
+def _decode(data: bytes) -> pb.PredictRequest:
     try:
         return pb.PredictRequest.FromString(data)
     except DecodeError as error:

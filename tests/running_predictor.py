@@ -107,7 +107,9 @@ class RunningPredictor:
     def open_stream(self) -> Iterator["PredictStream"]:
         """Without a hello; cancelled at the end of the block."""
         stream: PredictStream = (
-            PacketStream(self.get_info().packet_socket) if self.packets else GrpcStream(self.endpoint)
+            PacketStream(f"{self.endpoint.removeprefix('unix:')}.packets")
+            if self.packets
+            else GrpcStream(self.endpoint)
         )
         try:
             yield stream

@@ -111,7 +111,7 @@ class ScriptedPredictor:
         path = packet_path(endpoint)
         if with_packets and path is not None:
             self._packets = PacketServer(path, self._converse, 8)
-            self.info.packet_socket = str(path)
+            self.info.packets = True
 
     def __enter__(self) -> Self:
         self._server.start()

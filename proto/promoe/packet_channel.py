@@ -4,6 +4,7 @@ A packet is a message of `Predict` as it would be on the stream. Sending is one 
 kernel has no room for is not sent, and the caller counts it.
 """
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -16,6 +17,9 @@ LARGEST_PACKET_NBYTES: Final = 256 << 10
 
 _BUFFER_NBYTES: Final = 2 * LARGEST_PACKET_NBYTES
 """Asked of the kernel for what waits to be read; it gives less where its limits are lower."""
+
+_NO_ROOM: Final = (errno.EMSGSIZE, errno.ENOBUFS)
+"""What the kernel says of a packet that its limits have no room for at all."""
 
 _SUFFIX: Final = ".packets"
 
@@ -85,6 +89,8 @@ class PacketChannel:
         except BlockingIOError:
             return False
         except OSError as error:
+            if error.errno in _NO_ROOM:
+                return False
             raise Unavailable(f"The peer is gone ({error.strerror or error}).") from error
         return True
 
@@ -96,10 +102,11 @@ class PacketChannel:
             InvalidInput: the packet is larger than any message.
         """
         try:
-            nbytes = self._receive_into(timeout_s)
-        except ConnectionResetError:
-            # The peer went without having read everything. That is told first, and what it said before comes after.
-            nbytes = self._receive_into(0)
+            try:
+                nbytes = self._receive_into(timeout_s)
+            except ConnectionResetError:
+                # The peer went without having read everything. That is told first, what it said before comes after.
+                nbytes = self._receive_into(0)
         except (BlockingIOError, TimeoutError):
             return None
         except OSError as error:

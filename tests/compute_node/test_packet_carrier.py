@@ -65,9 +65,9 @@ class Talk:
 @pytest.fixture
 def talk() -> Iterator[Talk]:
     here, there = (PacketChannel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-    talk = Talk(PacketCarrier(here, text_of, lambda message: talk.take(message)), there)
-    yield talk
-    talk.carrier.finish()
+    opened = Talk(PacketCarrier(here, text_of, lambda message: opened.take(message)), there)
+    yield opened
+    opened.carrier.finish()
     there.close()
 
 

@@ -90,22 +90,22 @@ class TestEvictions:
         assert lru(history, ALL)[0].argmax() == 2
 
     @pytest.mark.parametrize("name", EVICTIONS)
-    def test_scores_change_with_their_version_only(self, name: str) -> None:
+    def test_scores_change_with_their_epoch_only(self, name: str) -> None:
         history = self.known()
         score = ScoresBy(eviction_named(name), history)
         changes: list[Callable[[], object]] = [
             lambda: None,
             lambda: history.routed(1, [3], None, 1),
             lambda: history.touched(0, [3]),
-            lambda: history.hinted(0, np.array([2], np.uint16), np.array([0.9], np.float32)),
             lambda: history.begin_step(4, 2),
             history.reset,
         ]
         for change in changes:
-            version, before_LE = score.version, score(ALL).copy()
+            epoch, before_LE = score.epoch, score(ALL).copy()
             change()
-            assert score.version != version or (score(ALL) == before_LE).all()
+            assert score.epoch != epoch or (score(ALL) == before_LE).all()
             assert score(slice(1, 2)).tolist() == score(ALL)[1:].tolist()
+            assert score.of(ExpertId(1, 2)) == score(ALL)[1, 2]
 
     @pytest.mark.parametrize("name", EVICTIONS)
     def test_a_load_changes_the_score_of_its_expert_only(self, name: str) -> None:

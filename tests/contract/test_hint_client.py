@@ -242,11 +242,14 @@ def test_a_service_that_stops_reading_costs_observations_only(endpoint: str, ser
         go_on.set()
         last = node.step
         node.run_until(lambda: any(r.hint.step > last for r in node.received))
-        told = [
-            request_id
-            for request in iter(lambda: service.requests.get() if not service.requests.empty() else None, None)
-            for request_id in request.requests_ended.request_ids
-        ]
+        told: list[str] = []
+
+        def all_are_told() -> bool:
+            while not service.requests.empty():
+                told.extend(service.requests.get().requests_ended.request_ids)
+            return len(told) >= 1000
+
+        node.run_until(all_are_told)
     assert sorted(told) == sorted(f"r{step}" for step in range(1000)), "ends are told, however late"
 
 
@@ -279,3 +282,47 @@ def test_a_predictor_for_another_model_or_schema_is_refused_with_both_sides(
         assert reasons[1] in said[0]
         with serve(spec=SPEC):
             node.run_until(lambda: bool(node.received))
+
+
+# ---- over packets only
+
+
+def test_closing_before_the_welcome_is_an_orderly_end(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    stop = threading.Event()
+
+    def silent(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        next(requests)
+        stop.wait(30)
+        yield welcome()
+
+    with ScriptedPredictor(endpoint, SPEC, silent, with_packets=True) as service:
+        with node_at(endpoint) as node:
+            wait_until(lambda: service.num_sessions == 1)
+            node.client.close()
+            assert node.client.state is PredictorState.AWAY
+        stop.set()
+    assert warnings_in(caplog) == []
+
+
+def test_a_service_that_neither_reads_nor_speaks_is_given_up(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    stop = threading.Event()
+
+    def stopped(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        next(requests)
+        yield welcome()
+        stop.wait(30)
+
+    patience = replace(PATIENCE, settled_s=0.01, silence_s=0.05)
+    with ScriptedPredictor(endpoint, SPEC, stopped, with_packets=True), node_at(endpoint, patience) as node:
+        node.wait_for_state(PredictorState.CONNECTED)
+        node.run_until(lambda: "neither read nor said anything" in caplog.text)
+        assert node.client.traffic.observations_dropped > 0
+        stop.set()
+
+
+def test_a_socket_that_cannot_be_reached_leaves_the_stream(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    with ScriptedPredictor(endpoint, SPEC) as service:
+        service.info.packets = True  # as it looks from another container
+        with node_at(endpoint) as node:
+            node.run_until(lambda: bool(node.received))
+    assert "talked to over gRPC" in caplog.text

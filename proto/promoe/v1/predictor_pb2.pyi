@@ -85,10 +85,10 @@ class PredictorGetInfoResponse(_message.Message):
     SERVICE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     ACTIVE_FIELD_NUMBER: _builtins.int
-    PACKET_SOCKET_FIELD_NUMBER: _builtins.int
-    packet_socket: _builtins.str
-    """A unix socket (SOCK_SEQPACKET) on this host that carries the messages of Predict, one per packet, in the same order
-    and with the same meaning; empty where there is none. A node that cannot reach it uses Predict.
+    PACKETS_FIELD_NUMBER: _builtins.int
+    packets: _builtins.bool
+    """True where a unix socket (SOCK_SEQPACKET) beside this service's own, with `.packets` behind its path, carries the
+    messages of Predict, one per packet, in the same order and with the same meaning. Who cannot reach it uses Predict.
     """
     @_builtins.property
     def service(self) -> _model_pb2.ServiceInfo: ...
@@ -102,11 +102,11 @@ class PredictorGetInfoResponse(_message.Message):
         service: _model_pb2.ServiceInfo | None = ...,
         model: _model_pb2.ModelSpec | None = ...,
         active: Global___PredictorVersion | None = ...,
-        packet_socket: _builtins.str = ...,
+        packets: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "model", b"model", "service", b"service"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "model", b"model", "packet_socket", b"packet_socket", "service", b"service"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "model", b"model", "packets", b"packets", "service", b"service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
