@@ -279,8 +279,13 @@ def test_of_many_the_few_that_are_worth_least_go_in_order_and_equals_by_number()
     table = SlotTable(range(num_experts), geometry, SlotSplit.GLOBAL, worth, DONE)
     table.fill(list(range(num_experts)))
     gone: list[int] = []
+
+    def note(victim: ExpertId) -> bool:
+        gone.append(victim.expert)
+        return True
+
     for _ in range(2 * FEW_VICTIMS):
-        slot = table.take(0, lambda victim: gone.append(victim.expert) is None)
+        slot = table.take(0, note)
         assert slot is not None
         # Not used again, so that the next take gives up another.
         table.place(slot, Load(ExpertId(0, gone[-1]), 0, slot.address, 100, DONE, DONE))
