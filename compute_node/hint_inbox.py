@@ -18,7 +18,7 @@ class ReceivedHint:
 class HintInbox:
     """Bounded: the newest hints push out the oldest.
 
-    One thread puts, one drains; both ends of a deque are safe without a lock, and looking whether there is anything
+    One thread at a time puts, one drains; both ends of a deque are safe without a lock, and looking whether there is anything
     costs the engine thread a few dozen nanoseconds.
 
     Args:

@@ -82,7 +82,7 @@ class HintScores:
 
     Attributes:
         fates: hints by what became of them when the cache took notice.
-        latency_s: observation handed over to hint received.
+        latency_s: observation handed over to hint received; over packets that is when a look around finds it.
         time_until_use_s: hint taken notice of to its layer's routing being known.
     """
 

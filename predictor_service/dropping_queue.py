@@ -1,4 +1,4 @@
-"""What waits between the thread that reads a node's stream and the one that predicts."""
+"""What waits between reading a node's messages and predicting from them; two threads over gRPC, one over packets."""
 
 import threading
 from collections import deque
@@ -17,7 +17,7 @@ class _Entry(Generic[_Item]):
 class DroppingQueue(Generic[_Item]):
     """Bounded: when it is full, the oldest droppable item gives way, so that what is predicted from is fresh.
 
-    One thread puts, one gets, anybody may close.
+    One thread puts, one gets (it may be the same), anybody may close.
 
     Args:
         capacity: items that wait at most.
