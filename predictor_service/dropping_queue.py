@@ -1,4 +1,4 @@
-"""What waits between reading a node's messages and predicting from them; two threads over gRPC, one over packets."""
+"""What waits between reading a node's messages (by a thread of its own over gRPC) and predicting from them."""
 
 import threading
 from collections import deque
