@@ -18,8 +18,8 @@ class ReceivedHint:
 class HintInbox:
     """Bounded: the newest hints push out the oldest.
 
-    One thread at a time puts, one drains; both ends of a deque are safe without a lock, and looking whether there is anything
-    costs the engine thread a few dozen nanoseconds.
+    One thread at a time puts, one drains; both ends of a deque are safe without a lock, and looking whether there is
+    anything costs the engine thread a few dozen nanoseconds.
 
     Args:
         capacity: hints that wait at most.
