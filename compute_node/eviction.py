@@ -1,10 +1,11 @@
-"""Which READY slot gives way: a policy is a function and a row in the table.
+"""Which READY slot gives way: a policy is a row in a table.
 
 A policy scores the experts of some layers, (layers, E): of the slots that may be given up, the one with the lowest
 score is.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
@@ -12,33 +13,47 @@ import numpy as np
 import numpy.typing as npt
 
 from compute_node.expert_history import ExpertHistory
+from compute_node.expert_uses import as_array
 from promoe.config import SettingUnfit
 from promoe.ids import ExpertId
 
 Scores: TypeAlias = npt.NDArray[np.float64] | npt.NDArray[np.int64]
-Eviction: TypeAlias = Callable[[ExpertHistory, slice], Scores]
 
 _MOST_USES: Final = 1 << 40
 
 
+@dataclass(frozen=True)
+class Eviction:
+    """A row of the table.
+
+    Attributes:
+        of_layers: all experts of some layers, (layers, E).
+        of_expert: the same of one, to the last bit: what gives way is looked at once more, alone.
+    """
+
+    of_layers: Callable[[ExpertHistory, slice], Scores]
+    of_expert: Callable[[ExpertHistory, ExpertId], float]
+
+
 def lru(history: ExpertHistory, layers: slice) -> Scores:
     """Keeps what was used last: the paper's baseline (ProMoE §6.1)."""
-    return history.last_use_LE[layers]
+    return as_array(history.uses.last_use, layers)
 
 
 def lfu(history: ExpertHistory, layers: slice) -> Scores:
     """Keeps what was used most often since it was loaded; among equals what was used last."""
-    return history.num_uses_LE[layers] * _MOST_USES + history.last_use_LE[layers]
+    uses = history.uses
+    return as_array(uses.num_uses, layers) * _MOST_USES + as_array(uses.last_use, layers)
 
 
 def static(history: ExpertHistory, layers: slice) -> Scores:
     """Keeps what was routed most often since the start, so that the set stops changing; ties by number."""
-    return history.num_routed_LE[layers]
+    return as_array(history.uses.num_routed, layers)
 
 
 def promoe(history: ExpertHistory, layers: slice) -> Scores:
     """LRU in which being hinted counts as a use (ProMoE §5, Algorithm 2: `cache.hit` of predicted experts)."""
-    return history.last_touch_LE[layers]
+    return as_array(history.uses.last_touch, layers)
 
 
 def next_use(history: ExpertHistory, layers: slice) -> Scores:
@@ -49,8 +64,19 @@ def next_use(history: ExpertHistory, layers: slice) -> Scores:
     return -history.layers_until_use(layers)
 
 
+def _lfu_of(history: ExpertHistory, expert: ExpertId) -> int:
+    uses, (layer, number) = history.uses, expert
+    return uses.num_uses[layer][number] * _MOST_USES + uses.last_use[layer][number]
+
+
 EVICTIONS: Final[Mapping[str, Eviction]] = MappingProxyType(
-    {"lru": lru, "lfu": lfu, "static": static, "promoe": promoe, "next_use": next_use}
+    {
+        "lru": Eviction(lru, lambda history, expert: history.uses.last_use[expert.layer][expert.expert]),
+        "lfu": Eviction(lfu, _lfu_of),
+        "static": Eviction(static, lambda history, expert: history.uses.num_routed[expert.layer][expert.expert]),
+        "promoe": Eviction(promoe, lambda history, expert: history.uses.last_touch[expert.layer][expert.expert]),
+        "next_use": Eviction(next_use, lambda history, expert: -history.layers_until_use_of(expert)),
+    }
 )
 
 
@@ -80,9 +106,8 @@ class ScoresBy:
 
     def __call__(self, layers: slice) -> Scores:
         """Of the experts of these layers, (layers, E)."""
-        return self._eviction(self._history, layers)
+        return self._eviction.of_layers(self._history, layers)
 
     def of(self, expert: ExpertId) -> float:
         """Of one expert."""
-        score: float = self._eviction(self._history, slice(expert.layer, expert.layer + 1)).item(0, expert.expert)
-        return score
+        return self._eviction.of_expert(self._history, expert)

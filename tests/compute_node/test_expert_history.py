@@ -45,7 +45,7 @@ def test_recency_orders_experts_as_they_were_used(routed: list[tuple[int, list[i
             if (layer, expert) in order:
                 order.remove((layer, expert))
             order.append((layer, expert))
-    assert sorted(order, key=lambda place: known.last_use_LE[place]) == order
+    assert sorted(order, key=lambda place: known.uses.last_use[place[0]][place[1]]) == order
 
 
 def test_what_is_used_often_is_expected_sooner_than_what_is_used_rarely() -> None:
@@ -82,6 +82,8 @@ def test_one_layer_is_estimated_like_all(layer: int, routed: list[tuple[int, lis
         known.routed(visited, experts, None, 1)
     everything_LE = known.layers_until_use(slice(0, NUM_LAYERS))
     assert known.layers_until_use(slice(layer, layer + 1))[0] == pytest.approx(everything_LE[layer])
+    for expert in range(NUM_EXPERTS):
+        assert known.layers_until_use_of(ExpertId(layer, expert)) == everything_LE[layer, expert]
 
 
 def test_a_hint_replaces_the_own_estimate_until_the_layer_is_routed() -> None:
@@ -128,18 +130,20 @@ def test_what_was_loaded_ahead_is_not_the_first_to_go() -> None:
     known = history()
     known.routed(0, [1, 2], None, 1)
     known.loaded(ExpertId(0, 5), is_needed=False)
-    assert known.last_use_LE[0, 5] > known.last_use_LE[0, [1, 2]].max()
-    assert known.num_uses_LE[0, 5] == 0
+    uses = known.uses
+    assert uses.last_use[0][5] > max(uses.last_use[0][1:3])
+    assert uses.num_uses[0][5] == 0
     known.loaded(ExpertId(0, 6), is_needed=True)
-    assert known.num_uses_LE[0, 6] == 1
+    assert uses.num_uses[0][6] == 1
 
 
 def test_being_hinted_touches_the_best_last() -> None:
     known = history()
     known.routed(0, [1, 2, 3], None, 1)
     known.touched(0, [3, 1])
-    assert known.last_touch_LE[0, 3] > known.last_touch_LE[0, 1] > known.last_touch_LE[0, 2]
-    assert known.last_use_LE[0, 3] < known.last_touch_LE[0, 3]
+    last_touch = known.uses.last_touch[0]
+    assert last_touch[3] > last_touch[1] > last_touch[2]
+    assert known.uses.last_use[0][3] < last_touch[3]
 
 
 def test_the_version_changes_with_the_estimates() -> None:
