@@ -7,16 +7,19 @@ PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3 python;
 endif
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 SOURCES := $(wildcard proto/promoe compute_node expert_store predictor_service deploy tests)
+# What decides on the engine thread is compiled where there is a C compiler; setup.py says how.
+COMPILED := $(shell cat compute_node/compiled_modules.txt)
 PROTOS := $(wildcard proto/promoe/v1/*.proto)
 GENERATED := .cache/generated
 BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-split bench-trace bench-device bench-pack bench-store
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check style types schema architecture bench $(BENCHES) proto clean
+.PHONY: help setup demo test check style types schema architecture bench $(BENCHES) proto interpreted clean
 
 help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -24,13 +27,29 @@ help: ## Lists the targets.
 setup: $(READY) ## Installs the locked environment into .venv (instant when nothing changed).
 
 # torch comes first and by its exact version: a looser requirement of another package would fetch another build of it.
-$(READY): requirements.lock pyproject.toml
+$(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "There is no Python >= 3.11 with venv and ensurepip on PATH (Debian: python3-venv); set PYTHON=/path/to/python." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$$(grep '^torch==' requirements.lock)"
 	$(PIP) install -r requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
+
+$(READY): $(INSTALLED) setup.py compute_node/compiled_modules.txt $(COMPILED)
+	@$(call remove_compiled)
+	@if PROMOE_COMPILE=1 $(BIN)/python setup.py -q build_ext --inplace >$(VENV)/compile.log 2>&1; \
+		then rm -rf build; echo "The placement's code is compiled."; \
+		else $(call remove_compiled); echo "The placement's code runs interpreted, slower and with the same decisions: it could not be" \
+			"compiled, see $(VENV)/compile.log (a C compiler and Python's headers are needed)." >&2; fi
+	@touch $@
+
+define remove_compiled
+rm -rf build compute_node/compiled.digest compute_node/*.so proto/promoe/*.so
+endef
+
+interpreted: $(INSTALLED) ## Removes what was compiled, until the next make setup after a change: to debug, to compare.
+	@touch $(READY)
+	$(call remove_compiled)
 
 demo: $(READY) ## Builds the demo model once and answers two prompts through the whole stack.
 	$(BIN)/promoe demo
@@ -73,5 +92,6 @@ PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=p
 endef
 
 clean: ## Removes the environment, caches and everything else that git ignores here.
+	$(call remove_compiled)
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

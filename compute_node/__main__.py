@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from compute_node.compilation import execution
 from compute_node.config import ComputeConfig
 from compute_node.node import ComputeNode
 from compute_node.service import SERVICE_NAME
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"compute_node: {error}\n")
         return 2
     try:
+        logger.info("The placement's code runs %s.", execution().value)
         asyncio.run(serve(config))
     except SettingUnfit as error:  # any other ValueError is a bug, and its traceback is wanted
         sys.stderr.write(f"compute_node: {error}\n")

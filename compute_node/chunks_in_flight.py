@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-from compute_node.device.seam import CopyTicket
+from compute_node.copy_ticket import CopyTicket
 
 HALF_LIFE_S: Final = 0.25
 """Of busy time, after which a measured rate counts half."""

@@ -15,7 +15,7 @@ from typing import Final
 from compute_node.clocked_transfers import ClockedTransfers, LinkModel
 from compute_node.load_queue import Chunk, ChunkSettings
 from compute_node.loads import Load, LoadState
-from compute_node.transfer import TransferStats
+from compute_node.transfer_stats import TransferStats
 from promoe.errors import Unavailable
 
 AWAKE_S: Final = 0.002

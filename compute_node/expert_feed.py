@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from compute_node.acquisition import Acquisition
-from compute_node.device.seam import CopyTicket
+from compute_node.copy_ticket import CopyTicket
 from compute_node.expert_history import ExpertHistory
 from compute_node.loads import Load, LoadState, Transfers
 from compute_node.prefetch import Prefetcher

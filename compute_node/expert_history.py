@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -162,10 +162,14 @@ class ExpertHistory:
                 f"the history was kept by another version of promoe: it lacks {', '.join(sorted(lacking))}"
             )
         for name, attribute in _ESTIMATES.items():
-            setattr(self, attribute, _shaped_like(getattr(self, attribute), name, document[name]))
+            former: FloatArray = getattr(self, attribute)
+            estimates = np.asarray(document[name], np.float64)
+            _check_shape(name, estimates.shape, former.shape)
+            setattr(self, attribute, estimates)
         for name, attribute in counts.items():
-            former = np.array(getattr(self.uses, attribute))
-            setattr(self.uses, attribute, _shaped_like(former, name, document[name]).tolist())
+            numbers = np.asarray(document[name], np.int64)
+            _check_shape(name, numbers.shape, (self.num_layers, self.num_experts))
+            setattr(self.uses, attribute, numbers.tolist())
         self.version += 1
         self.epoch += 1
         self.layer = int(document["layer"])
@@ -184,11 +188,9 @@ _ESTIMATES: Final[Mapping[str, str]] = MappingProxyType(
 """In a snapshot's document and here."""
 
 
-def _shaped_like(former: npt.NDArray[Any], name: str, values: object) -> npt.NDArray[Any]:
-    array = np.asarray(values, dtype=former.dtype)
-    if array.shape != former.shape:
-        raise ValueError(f"the history's {name} has the shape {array.shape}")
-    return array
+def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise ValueError(f"the history's {name} has the shape {shape}, not {expected}")
 
 
 @lru_cache(maxsize=64)

@@ -30,9 +30,10 @@ class ExpertUses:
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        self.last_use, self.last_touch, self.num_uses, self.num_routed = (
-            [[0] * num_experts for _ in range(num_layers)] for _ in ARRAYS
-        )
+        self.last_use: Counts = [[0] * num_experts for _ in range(num_layers)]
+        self.last_touch: Counts = [[0] * num_experts for _ in range(num_layers)]
+        self.num_uses: Counts = [[0] * num_experts for _ in range(num_layers)]
+        self.num_routed: Counts = [[0] * num_experts for _ in range(num_layers)]
         self.clock = 0
 
     def routed(self, layer: int, experts: Sequence[int]) -> None:

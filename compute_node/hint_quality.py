@@ -15,7 +15,7 @@ from compute_node.step_ledger import Phase
 from promoe.hint import Hint
 from promoe.trace_events import HintEvent, HintFate, LayerEvent, StepEvent, TraceEvent
 
-BOUNDS_S: Final = (
+BOUNDS_S: Final[tuple[float, ...]] = (
     50e-6, 100e-6, 200e-6, 500e-6, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0,
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from compute_node.device.seam import CopyTicket
+from compute_node.copy_ticket import CopyTicket
 from compute_node.loads import Load, LoadState
 from promoe.errors import PromoeError
 from promoe.trace_events import LoadReason

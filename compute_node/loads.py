@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from compute_node.device.seam import CopyTicket
+from compute_node.copy_ticket import CopyTicket
 from promoe.errors import PromoeError
 from promoe.ids import ExpertId
 from promoe.trace_events import LoadReason

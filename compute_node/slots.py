@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from compute_node.device.seam import CopyTicket
+from compute_node.copy_ticket import CopyTicket
 from compute_node.eviction import Scores
 from compute_node.loads import Load
 from compute_node.schedule import SlotSplit

@@ -7,27 +7,17 @@ the order is kept in a `LoadQueue`: few chunks in flight, the rest waits where i
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from compute_node.chunks_in_flight import ChunksInFlight, LinkMeter
 from compute_node.device.seam import Link
 from compute_node.load_queue import Chunk, ChunkSettings, LoadQueue
 from compute_node.loads import Load, LoadState
+from compute_node.transfer_stats import TransferStats
 from promoe.errors import PromoeError, Unavailable
-from promoe.trace_events import LoadReason
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TransferStats:
-    """Since the start. `nbytes_by_reason`: by what a chunk's load was queued as when it was copied."""
-
-    uploaded_nbytes: int
-    link_busy_s: float
-    nbytes_by_reason: Mapping[LoadReason, int]
 
 
 class TransferEngine:

@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from compute_node.compilation import execution
 from promoe.errors import PromoeError
 from promoe.model_spec import Dtype
 
@@ -21,6 +22,14 @@ hypothesis.settings.register_profile(
     "promoe", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
 )
 hypothesis.settings.load_profile("promoe")
+
+
+def pytest_report_header() -> str:
+    """What is tested; nothing, where it would not be what the sources say."""
+    try:
+        return f"placement: {execution().value}"
+    except PromoeError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

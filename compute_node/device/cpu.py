@@ -13,7 +13,8 @@ from typing import Final
 import psutil
 import torch
 
-from compute_node.device.seam import CopyTicket, DeviceMemory, HostCopy, LinkUse
+from compute_node.copy_ticket import CopyTicket
+from compute_node.device.seam import DeviceMemory, HostCopy, LinkUse
 from promoe.errors import InsufficientMemory
 
 SHORTEST_SLEEP_S: Final = 50e-6

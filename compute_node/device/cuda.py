@@ -12,8 +12,9 @@ from typing import Final, cast
 
 import torch
 
+from compute_node.copy_ticket import CopyTicket
 from compute_node.device.cuda_driver import CudaDriver, RegisteredRanges
-from compute_node.device.seam import CopyTicket, DeviceMemory, HostCopy, LinkUse
+from compute_node.device.seam import DeviceMemory, HostCopy, LinkUse
 from promoe.errors import InsufficientMemory, Unavailable
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from compute_node.copy_ticket import CopyTicket
+
 
 class HostPinning(Protocol):
     """Makes host memory that another process owns readable by the device's copy engine."""
@@ -27,19 +29,6 @@ class HostPinning(Protocol):
         """Returns when no copy from registered memory is under way."""
 
 
-class CopyTicket(Protocol):
-    """One chunk's copy, under way or done."""
-
-    def is_done(self) -> bool:
-        """True when the bytes have arrived; never blocks."""
-
-    def wait_on_host(self) -> None:
-        """Blocks the calling thread until the bytes have arrived; never spins."""
-
-    def wait_on_compute(self) -> None:
-        """Makes compute that is issued from now on wait for the bytes; does not block the host where it can."""
-
-
 @dataclass(frozen=True)
 class LinkUse:
     """What a link carried, and for how long it was busy with nothing but that."""
@@ -55,7 +44,7 @@ class Link(Protocol):
     def description(self) -> str:
         """`memcpy`, `emulated`, `registered` or `bounce`."""
 
-    def order_after(self, compute: "CopyTicket") -> None:
+    def order_after(self, compute: CopyTicket) -> None:
         """Copies started from now on begin after this mark of compute, which may still read what they overwrite."""
 
     def copy(self, destination_address: int, source_address: int, nbytes: int) -> CopyTicket:

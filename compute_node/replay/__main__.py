@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
+from compute_node.compilation import execution
 from compute_node.replay.limits import limits_of
 from compute_node.replay.options import ReplayOptions, parse_options
 from compute_node.replay.recorded_order import verify
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     """The exit status."""
     options = parse_options(arguments)
     try:
+        execution()
         report = replay(options)
     except (PromoeError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")

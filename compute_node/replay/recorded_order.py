@@ -7,8 +7,8 @@ at every layer. Where it does not, cache or trace is not what it was, and the ev
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from compute_node.copy_ticket import CopyTicket
 from compute_node.device.cpu import DONE
-from compute_node.device.seam import CopyTicket
 from compute_node.expert_cache import CacheSurroundings, ExpertCache
 from compute_node.hint_inbox import HintInbox, ReceivedHint
 from compute_node.loads import Load, LoadState

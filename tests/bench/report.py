@@ -17,6 +17,8 @@ from typing import Final
 
 import psutil
 
+from compute_node.compilation import execution
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 RESULTS: Final = ROOT / "tests" / "bench" / "results"
 
@@ -57,6 +59,7 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: package_version(name) for name in ("promoe", "torch", "transformers", "grpcio")},
         "gpu": _gpu(),
+        "placement": execution().value,
     }
 
 

@@ -3,8 +3,9 @@
 import threading
 from dataclasses import dataclass, field
 
+from compute_node.copy_ticket import CopyTicket
 from compute_node.device.cpu import DONE
-from compute_node.device.seam import CopyTicket, LinkUse
+from compute_node.device.seam import LinkUse
 from promoe.errors import Unavailable
 
 DEADLINE_S = 30.0

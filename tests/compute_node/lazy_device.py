@@ -14,8 +14,9 @@ from typing import cast
 
 import torch
 
+from compute_node.copy_ticket import CopyTicket
 from compute_node.device.cpu import CpuDevice, NoPinning
-from compute_node.device.seam import CopyTicket, DeviceMemory, HostCopy, LinkUse
+from compute_node.device.seam import DeviceMemory, HostCopy, LinkUse
 
 NBYTES_PER_S = 1e9
 

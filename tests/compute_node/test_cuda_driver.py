@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compute_node.arena_mapping import ArenaMapping
+from compute_node.copy_ticket import CopyTicket
 from compute_node.device.cuda import BOUNCE_BUFFERS, BOUNCE_NBYTES, CudaDevice
 from compute_node.device.cuda_driver import RegisteredRanges
-from compute_node.device.seam import CopyTicket, LinkUse
+from compute_node.device.seam import LinkUse
 from tests.compute_node.test_arena_mapping import geometry_of, make_arena
 
 BLOB_NBYTES = 1 << 20

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from compute_node.copy_ticket import CopyTicket
 from compute_node.device.cpu import CpuDevice
 from compute_node.device.cuda import CudaDevice
-from compute_node.device.seam import CopyTicket, Device
+from compute_node.device.seam import Device
 from compute_node.expert_weights import ExpertWeights
 from compute_node.hint_inbox import ReceivedHint
 from compute_node.moe_forward import EXPERTS_IMPLEMENTATION, MoeForward, install, register_experts_function

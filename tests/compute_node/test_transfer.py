@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compute_node.copy_ticket import CopyTicket
 from compute_node.device.cpu import DONE, CpuLink
-from compute_node.device.seam import CopyTicket, Link
+from compute_node.device.seam import Link
 from compute_node.load_queue import ChunkSettings
 from compute_node.loads import Load, LoadState
 from compute_node.transfer import TransferEngine
