@@ -60,14 +60,14 @@ test: $(READY) ## Runs every test that this machine can run.
 
 check: style types schema architecture ## Format, lint, types, schema, fresh stubs, architecture.
 
-style: $(READY)
+style: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-types: $(READY)
+types: $(INSTALLED)
 	$(BIN)/mypy --strict $(SOURCES)
 
-schema: $(READY)
+schema: $(INSTALLED)
 	BUF_CACHE_DIR=.cache/buf $(BIN)/buf lint
 	rm -rf $(GENERATED) && mkdir -p $(GENERATED)
 	$(call generate,$(GENERATED))
@@ -82,7 +82,7 @@ bench: $(BENCHES) ## Runs all benchmarks, one after the other; each also has its
 $(BENCHES): bench-%: $(READY)
 	$(BIN)/python -m tests.bench.bench_$*
 
-proto: $(READY) ## Generates the gRPC stubs from proto/promoe/v1/*.proto.
+proto: $(INSTALLED) ## Generates the gRPC stubs from proto/promoe/v1/*.proto.
 	$(call generate,proto)
 
 # mypy-protobuf's plug-ins are found on PATH.

@@ -165,6 +165,7 @@ class HintClient:
             layer_input=active.observed is ObservedKind.LAYER_INPUT,
             router_input=active.observed is ObservedKind.ROUTER_INPUT,
             routing=active.wants_routing,
+            every=active.observe_every,
         )
         if start.ended_request_ids:
             session.outgoing.send(RequestsEnded(start.ended_request_ids))

@@ -12,7 +12,7 @@ import torch
 
 from compute_node.device.seam import Device, HostCopy
 from compute_node.layer_sample import LayerSample, LayerSampler, WantedSamples, sampled_rows
-from promoe.hint import LayerRouting, ObservedKind, StepStart
+from promoe.hint import LayerRouting, ObservedKind, StepStart, is_observed
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class LayerObserver:
         router_input (+ routing)                                    hidden (+ routing of l)
         routing alone                                               routing of l
 
-    and with `layer_input` the output of the last decoder layer (+ routing of the last MoE layer), as one layer more.
+    and with `layer_input` the output of the last decoder layer (+ routing of the last MoE layer), as one layer more. Of
+    layers between those that it observes it gets the routing with the next one.
 
     Args:
         num_layers: MoE layers.
@@ -78,7 +79,7 @@ class LayerObserver:
         """The decoder layer of MoE layer `layer` begins."""
         copies: dict[int, HostCopy] = {}
         for watch in self._watches:
-            if watch.wanted.layer_input:
+            if watch.wanted.layer_input and is_observed(layer, self._num_layers, watch.wanted.every):
                 hidden = self._copy(hidden_TD, watch.rows, copies)
                 self._hand_over(watch, layer, ObservedKind.LAYER_INPUT, hidden)
 
@@ -92,6 +93,8 @@ class LayerObserver:
                 seen_RK = topk_ids_TK[: self._num_tokens] if rows.index_R is None else topk_ids_TK[rows.host_R]
                 ids_RK = seen_RK.astype(np.uint16)
                 watch.routings.append(LayerRouting(layer, ids_RK))
+            if not is_observed(layer, self._num_layers, wanted.every):
+                continue
             if wanted.router_input:
                 hidden = self._copy(hidden_TD, watch.rows, copies)
                 self._hand_over(watch, layer, ObservedKind.ROUTER_INPUT, hidden)

@@ -20,12 +20,14 @@ class WantedSamples:
         layer_input: the residual stream entering each MoE decoder layer, and what leaves the last decoder layer.
         router_input: what the experts function gets as hidden states.
         routing: the rows' routed experts.
+        every: see `is_observed`; the routings of layers in between come with the next sample.
     """
 
     max_rows: int
     layer_input: bool
     router_input: bool
     routing: bool
+    every: int = 1
 
 
 @dataclass(frozen=True, eq=False)

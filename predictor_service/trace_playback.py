@@ -6,6 +6,8 @@ What a session gets of MoE layer l, by what its version wants:
     router_input (+ routing)    hidden (+ routing of l)
     routing alone               routing of l
 
+and of layers between those that it observes the routing with the next one.
+
 Shapes: L MoE layers, R sampled rows (tokens), K experts per token, D hidden.
 """
 
@@ -16,7 +18,7 @@ from typing import Final
 import numpy as np
 
 from promoe.errors import InvalidInput
-from promoe.hint import LayerRouting, Observation, ObservedKind, PredictorVersion, StepStart
+from promoe.hint import LayerRouting, Observation, ObservedKind, PredictorVersion, StepStart, is_observed
 from promoe.trace_events import LayerEvent, StepEvent, TraceEvent
 from promoe.trace_file import TraceReader
 
@@ -71,13 +73,14 @@ def observations(step: RecordedStep, version: PredictorVersion) -> Iterator[Obse
     routings: list[LayerRouting] = []
     rows = step.layers[0].rows or _last_rows(step.start.num_tokens)
     for event in step.layers:
+        observes = is_observed(event.layer, len(step.layers), version.observe_every)
         routing = LayerRouting(event.layer, event.topk_ids_TK[list(rows)])
-        if version.observed is ObservedKind.LAYER_INPUT:
+        if observes and version.observed is ObservedKind.LAYER_INPUT:
             yield _observation(step, version, event.layer, event.layer_input_RD, rows, routings)
             routings = []
         if version.wants_routing:
             routings.append(routing)
-        if version.observed is not ObservedKind.LAYER_INPUT:
+        if observes and version.observed is not ObservedKind.LAYER_INPUT:
             yield _observation(step, version, event.layer, event.router_input_RD, rows, routings)
             routings = []
     if version.observed is ObservedKind.LAYER_INPUT:

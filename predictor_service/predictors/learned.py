@@ -54,8 +54,9 @@ def open_artifact(kind: str, source: PredictorSource) -> Artifact:
 
 
 MOST_SERVED: Final = 2
-"""Lookaheads that are served unless one is asked for, the nearest. Every hint takes the compute node's engine thread
-about 50 us: farther ones, which nearer ones replace a layer later, were not worth it (DECISIONS.md)."""
+"""Lookaheads that are served unless one is asked for, the nearest, and of as many layers one is observed: so every
+layer is hinted once. Observations and hints take time from the compute node's engine thread; a second hint for a layer
+was not worth it, nor was one from farther away (DECISIONS.md)."""
 
 
 def served_lookaheads(artifact: Artifact, source: PredictorSource) -> tuple[int, ...]:
@@ -68,6 +69,12 @@ def served_lookaheads(artifact: Artifact, source: PredictorSource) -> tuple[int,
             f"lookahead is {source.lookahead}; {artifact.path} was trained for {', '.join(map(str, trained))}"
         )
     return (source.lookahead,)
+
+
+def _layers_until_hinted_again(lookaheads: Sequence[int]) -> int:
+    """Observing one of so many layers, every layer is hinted once; 1 where these lookaheads leave layers out."""
+    num = len(lookaheads)
+    return num if len({lookahead % num for lookahead in lookaheads}) == num else 1
 
 
 class LearnedPredictor:
@@ -103,6 +110,7 @@ class LearnedPredictor:
             lookaheads=lookaheads,
             calibrated=True,
             wants_routing=True,
+            observe_every=_layers_until_hinted_again(lookaheads),
         )
 
     def open_session(self) -> "LearnedSession":

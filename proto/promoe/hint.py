@@ -32,6 +32,7 @@ class PredictorVersion:
         lookaheads: in MoE layers; 0 is the observed layer itself.
         calibrated: scores are probabilities, not just an order.
         wants_routing: it reads each layer's routing.
+        observe_every: see `is_observed`; routings of layers in between come with the next observation.
     """
 
     version: str
@@ -40,6 +41,12 @@ class PredictorVersion:
     lookaheads: tuple[int, ...]
     calibrated: bool
     wants_routing: bool
+    observe_every: int = 1
+
+
+def is_observed(layer: int, num_layers: int, observe_every: int) -> bool:
+    """Whether a MoE layer is: every so many-th, beginning with the first; and the last, and what leaves it."""
+    return layer % observe_every == 0 or layer >= num_layers - 1
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,7 @@ def encode_version(version: PredictorVersion) -> predictor_pb2.PredictorVersion:
         lookaheads=version.lookaheads,
         calibrated=version.calibrated,
         wants_routing=version.wants_routing,
+        observe_every=version.observe_every,
     )
 
 
@@ -232,4 +233,5 @@ def decode_version(message: predictor_pb2.PredictorVersion) -> PredictorVersion:
         lookaheads=tuple(message.lookaheads),
         calibrated=message.calibrated,
         wants_routing=message.wants_routing,
+        observe_every=max(1, message.observe_every),
     )

@@ -86,6 +86,7 @@ class InProcessHints:
             layer_input=observed is ObservedKind.LAYER_INPUT,
             router_input=observed is ObservedKind.ROUTER_INPUT,
             routing=self._version.wants_routing,
+            every=self._version.observe_every,
         )
 
     def take(self, sample: LayerSample) -> None:

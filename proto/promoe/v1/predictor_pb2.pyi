@@ -124,6 +124,7 @@ class PredictorVersion(_message.Message):
     LOOKAHEADS_FIELD_NUMBER: _builtins.int
     CALIBRATED_FIELD_NUMBER: _builtins.int
     WANTS_ROUTING_FIELD_NUMBER: _builtins.int
+    OBSERVE_EVERY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """`name@version`; every hint carries it."""
     predictor: _builtins.str
@@ -133,6 +134,10 @@ class PredictorVersion(_message.Message):
     """True when scores are probabilities; false when only their order means something."""
     wants_routing: _builtins.bool
     """Wants the routing of each layer."""
+    observe_every: _builtins.int
+    """Observes every so many-th MoE layer, beginning with the first, and the last one; 0 means every layer. Routings of
+    layers in between come with the next observation.
+    """
     @_builtins.property
     def lookaheads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The lookaheads it predicts at, in MoE layers."""
@@ -146,10 +151,11 @@ class PredictorVersion(_message.Message):
         lookaheads: _abc.Iterable[_builtins.int] | None = ...,
         calibrated: _builtins.bool = ...,
         wants_routing: _builtins.bool = ...,
+        observe_every: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrated", b"calibrated", "lookaheads", b"lookaheads", "observed", b"observed", "predictor", b"predictor", "version", b"version", "wants_routing", b"wants_routing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrated", b"calibrated", "lookaheads", b"lookaheads", "observe_every", b"observe_every", "observed", b"observed", "predictor", b"predictor", "version", b"version", "wants_routing", b"wants_routing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
