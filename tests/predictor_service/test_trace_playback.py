@@ -55,6 +55,22 @@ def test_every_kind_comes_in_its_order(version: PredictorVersion, layers: list[i
                 np.testing.assert_array_equal(routing.topk_ids_RK, step.layers[routing.layer].topk_ids_TK)
 
 
+@pytest.mark.parametrize("kind", [ROUTING_ONLY, ROUTER_INPUT, LAYER_INPUT])
+@pytest.mark.parametrize("every", range(1, LAYERS + 2))
+def test_layers_that_are_not_observed_leave_their_routing_to_the_next(kind: PredictorVersion, every: int) -> None:
+    version = replace(kind, observe_every=every)
+    observed = sorted({*range(0, LAYERS, every), LAYERS - 1})
+    is_before = kind is LAYER_INPUT
+    for events in steps_of():
+        played = list(observations(step_of(events), version))
+        assert [observation.layer for observation in played] == [*observed, *([LAYERS] if is_before else [])]
+        known = [routing.layer for observation in played for routing in observation.routings]
+        assert known == list(range(LAYERS)), "every layer's routing is told once"
+        for observation in played:
+            newest = observation.layer - 1 if is_before else observation.layer
+            assert [routing.layer for routing in observation.routings][-1:] in ([newest], [])
+
+
 def test_hidden_states_are_those_of_the_kind() -> None:
     step = step_of(steps_of()[1])
     for observation in observations(step, ROUTER_INPUT):
