@@ -15,7 +15,7 @@ import logging
 import random
 import select
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -92,13 +92,22 @@ class HintClient:
         spec: the served model.
         inbox: takes the hints that passed the checks.
         patience: how long it waits, and for what.
+        misses_many: whether every layer is worth observing, also where a version is content with fewer.
     """
 
-    def __init__(self, endpoint: str, spec: ModelSpec, inbox: HintInbox, patience: Patience | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        spec: ModelSpec,
+        inbox: HintInbox,
+        patience: Patience | None = None,
+        misses_many: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.endpoint = endpoint
         self._spec = spec
         self._inbox = inbox
         self._patience = patience or Patience()
+        self._misses_many = misses_many
         self._retry_s = self._patience.first_retry_s
         self._peer = f"The predictor at {endpoint}"
         # An observation fits a packet, with room for its routing.
@@ -165,7 +174,7 @@ class HintClient:
             layer_input=active.observed is ObservedKind.LAYER_INPUT,
             router_input=active.observed is ObservedKind.ROUTER_INPUT,
             routing=active.wants_routing,
-            every=active.observe_every,
+            every=1 if self._misses_many() else active.observe_every,
         )
         if start.ended_request_ids:
             session.outgoing.send(RequestsEnded(start.ended_request_ids))

@@ -16,6 +16,7 @@ from compute_node.hint_quality import HintScores
 from compute_node.hint_report import HintReport
 from compute_node.layer_hooks import install_hooks
 from compute_node.layer_observer import LayerObserver
+from compute_node.miss_watch import MissWatch
 from compute_node.model_loader import LoadedModel
 from compute_node.schedule import HintUse
 from compute_node.trace_recorder import TraceRecorder
@@ -50,11 +51,12 @@ class StepWatch:
         self.traces = TraceRecorder(spec.num_moe_layers, expert_cache.snapshot)
         self.maps = CacheMapRecorder(spec.num_moe_layers, spec.num_experts, expert_cache.resident_states)
         self.scores = HintScores(spec.num_moe_layers)
+        self._misses = MissWatch()
         self.client: HintClient | None = None
         if predictor_endpoint and expert_cache.policy.hints is HintUse.IGNORE:
             logger.info("The predictor is not asked: policy %s ignores hints.", expert_cache.policy.name)
         elif predictor_endpoint:
-            self.client = HintClient(predictor_endpoint, spec, inbox)
+            self.client = HintClient(predictor_endpoint, spec, inbox, misses_many=lambda: self._misses.misses_many)
         samplers = (self.traces,) if self.client is None else (self.client, self.traces)
         self.observer = LayerObserver(spec.num_moe_layers, device, samplers)
 
@@ -66,7 +68,7 @@ class StepWatch:
         """
         # The observer first: whether a step is traced is known before its first event.
         recorder.ledger.listeners = (self.observer.begin_step, self._expert_cache.begin_step)
-        self._expert_cache.sinks += [recorder, self.scores, self.maps, self.traces.record]
+        self._expert_cache.sinks += [recorder, self.scores, self._misses, self.maps, self.traces.record]
         install_hooks(loaded.model, layer_modules, self.observer, lambda _: self._expert_cache.notice())
 
     def begin(self, recorder: StepRecorder) -> None:

@@ -9,6 +9,7 @@ from typing import Final, TypeAlias
 from compute_node.hint_client import HintClient, PredictorState
 from compute_node.hint_inbox import HintInbox, ReceivedHint
 from compute_node.layer_sample import LayerSample, LayerSampler, WantedSamples
+from compute_node.miss_watch import MissWatch
 from compute_node.outgoing import QUEUE_CAPACITY
 from predictor_service.config import PredictorConfig
 from predictor_service.predictor import Predictor
@@ -18,16 +19,16 @@ from tests.running_store import wait_until
 
 CONNECT_DEADLINE_S: Final = 60.0
 
-HintSource: TypeAlias = Callable[[ModelSpec, HintInbox], AbstractContextManager[LayerSampler]]
-"""Opens a sampler of layers that puts hints into the inbox."""
+HintSource: TypeAlias = Callable[[ModelSpec, HintInbox, MissWatch], AbstractContextManager[LayerSampler]]
+"""Opens a sampler of layers that puts hints into the inbox; the watch says how much it is worth to show."""
 
 
 def served_by(endpoint: str) -> HintSource:
     """The product's way: a session with the service, entered when it is connected."""
 
     @contextmanager
-    def open_client(spec: ModelSpec, inbox: HintInbox) -> Iterator[HintClient]:
-        client = HintClient(endpoint, spec, inbox)
+    def open_client(spec: ModelSpec, inbox: HintInbox, misses: MissWatch) -> Iterator[HintClient]:
+        client = HintClient(endpoint, spec, inbox, misses_many=lambda: misses.misses_many)
         client.start()
         try:
             wait_until(lambda: client.state is PredictorState.CONNECTED, CONNECT_DEADLINE_S)
@@ -42,8 +43,8 @@ def called_in_process(predictor: Predictor) -> HintSource:
     """What the process boundary is compared with."""
 
     @contextmanager
-    def open_caller(spec: ModelSpec, inbox: HintInbox) -> Iterator[InProcessHints]:
-        caller = InProcessHints(predictor, inbox)
+    def open_caller(spec: ModelSpec, inbox: HintInbox, misses: MissWatch) -> Iterator[InProcessHints]:
+        caller = InProcessHints(predictor, inbox, misses)
         caller.start()
         try:
             yield caller
@@ -59,9 +60,11 @@ class InProcessHints:
     Args:
         predictor: makes the hints.
         inbox: takes them.
+        misses: how much is shown.
     """
 
-    def __init__(self, predictor: Predictor, inbox: HintInbox) -> None:
+    def __init__(self, predictor: Predictor, inbox: HintInbox, misses: MissWatch) -> None:
+        self._misses = misses
         self._version = predictor.version
         self._session = predictor.open_session()
         self._inbox = inbox
@@ -86,7 +89,7 @@ class InProcessHints:
             layer_input=observed is ObservedKind.LAYER_INPUT,
             router_input=observed is ObservedKind.ROUTER_INPUT,
             routing=self._version.wants_routing,
-            every=self._version.observe_every,
+            every=1 if self._misses.misses_many else self._version.observe_every,
         )
 
     def take(self, sample: LayerSample) -> None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from compute_node.hint_inbox import HintInbox, ReceivedHint
 from compute_node.layer_sample import LayerSampler
+from compute_node.miss_watch import MissWatch
 from promoe.hint import Float32Array, Hint, IdArray, Observation, ObservedKind, PredictorVersion, StepStart
 from promoe.model_spec import ModelSpec
 from tests.bench.hint_sources import HintSource, InProcessHints
@@ -194,7 +195,7 @@ def hinted_by(oracle: NoisyOracle, latency_s: float) -> HintSource:
     """Hidden states are copied to the host and waited for as for a real predictor; hints come `latency_s` later."""
 
     @contextmanager
-    def open_hints(spec: ModelSpec, inbox: HintInbox) -> Iterator[LayerSampler]:
+    def open_hints(spec: ModelSpec, inbox: HintInbox, misses: MissWatch) -> Iterator[LayerSampler]:
         with DelayedInbox(inbox, latency_s).open() as delayed:
             caller = InProcessHints(oracle, delayed)
             caller.start()

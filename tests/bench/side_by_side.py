@@ -22,6 +22,7 @@ from compute_node.hint_quality import HintScores
 from compute_node.layer_hooks import install_hooks
 from compute_node.layer_observer import LayerObserver
 from compute_node.memory_plan import MemoryPlan
+from compute_node.miss_watch import MissWatch
 from compute_node.model_loader import LoadedModel, load_model
 from compute_node.schedule import SchedulePolicy
 from compute_node.step_ledger import Phase, StepLedger
@@ -216,12 +217,12 @@ def path_on(
     path = ExpertPath.build(spec, policy, plan, device, model.source_address, inbox)
     ledger = StepLedger()
     recorder = StepRecorder(ledger, CacheMetrics.register(CollectorRegistry()), device.take_compute_stall_s)
-    scores = HintScores(spec.num_moe_layers)
-    path.expert_cache.sinks += [recorder, scores]
+    scores, misses = HintScores(spec.num_moe_layers), MissWatch()
+    path.expert_cache.sinks += [recorder, scores, misses]
     with path.transfers, ExitStack() as stack:
         path.expert_cache.warm()
         recorder.begin()
-        samplers = () if hint_source is None else (stack.enter_context(hint_source(spec, inbox)),)
+        samplers = () if hint_source is None else (stack.enter_context(hint_source(spec, inbox, misses)),)
         observer = LayerObserver(spec.num_moe_layers, device, samplers)
         ledger.listeners = (observer.begin_step, path.expert_cache.begin_step)
         yield SidePath(model, path, ledger, recorder, observer, scores)

@@ -11,6 +11,7 @@ from compute_node.device.cpu import DONE
 from compute_node.device.seam import HostCopy
 from compute_node.hint_inbox import HintInbox
 from compute_node.layer_sample import LayerSample
+from compute_node.miss_watch import MissWatch
 from predictor_service.choice import choose_predictor
 from predictor_service.predictor import PredictorSource
 from promoe.hint import Hint, LayerRouting, Observation, ObservedKind, StepSpan, StepStart
@@ -37,7 +38,7 @@ def test_hints_are_those_of_the_plug_in(name: str) -> None:
     predictor = choose_predictor(name, PredictorSource(SPEC, Path("/no/pack")))
     drawn, session, inbox = random.Random(5), predictor.open_session(), HintInbox()
     expected: list[Hint] = []
-    with called_in_process(predictor)(SPEC, inbox) as caller:
+    with called_in_process(predictor)(SPEC, inbox, MissWatch()) as caller:
         for step in range(1, 6):
             start = StepStart(step, (StepSpan("r", 1, step == 1),), ("r",) if step == 4 else ())
             wanted = caller.begin_step(start)

@@ -105,8 +105,7 @@ def test_samples_are_what_was_shown_however_late_they_are_read(
 @given(
     spans=st.lists(st.integers(1, 5), min_size=1, max_size=3),
     max_rows=st.integers(1, 6),
-    padding=st.integers(0, 2),
-    every=st.integers(1, NUM_LAYERS + 1),
+    padding_and_every=st.tuples(st.integers(0, 2), st.integers(1, NUM_LAYERS + 1)),
 )
 def test_samples_are_the_rows_of_what_was_shown(
     layer_input_wanted: bool,
@@ -114,9 +113,9 @@ def test_samples_are_the_rows_of_what_was_shown(
     routing_wanted: bool,
     spans: list[int],
     max_rows: int,
-    padding: int,
-    every: int,
+    padding_and_every: tuple[int, int],
 ) -> None:
+    padding, every = padding_and_every
     sampler = Sampler(WantedSamples(max_rows, layer_input_wanted, router_input_wanted, routing_wanted, every))
     step_spans = tuple(StepSpan(f"r{i}", n, n > 1) for i, n in enumerate(spans))
     observer = observer_of(sampler)

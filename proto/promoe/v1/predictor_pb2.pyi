@@ -135,8 +135,8 @@ class PredictorVersion(_message.Message):
     wants_routing: _builtins.bool
     """Wants the routing of each layer."""
     observe_every: _builtins.int
-    """Observes every so many-th MoE layer, beginning with the first, and the last one; 0 means every layer. Routings of
-    layers in between come with the next observation.
+    """Is content with every so many-th MoE layer, beginning with the first, and the last one; 0 means every layer. A node
+    that misses many experts shows more. Routings of layers in between come with the next observation.
     """
     @_builtins.property
     def lookaheads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
