@@ -197,7 +197,7 @@ def hinted_by(oracle: NoisyOracle, latency_s: float) -> HintSource:
     @contextmanager
     def open_hints(spec: ModelSpec, inbox: HintInbox, misses: MissWatch) -> Iterator[LayerSampler]:
         with DelayedInbox(inbox, latency_s).open() as delayed:
-            caller = InProcessHints(oracle, delayed)
+            caller = InProcessHints(oracle, delayed, misses)
             caller.start()
             try:
                 yield caller

@@ -34,6 +34,11 @@ def told(event: TraceEvent) -> str:
     return f"step {event.step} {event.link_bytes_per_s!r}"
 
 
+def tell(event: TraceEvent) -> None:
+    """A sink of the expert cache."""
+    sys.stdout.write(told(event) + "\n")
+
+
 def hint_of(chance: random.Random, step: int, observed_layer: int) -> Hint:
     """For one of the next layers, wherever they are."""
     layer = observed_layer + chance.randint(0, 2)
@@ -60,7 +65,7 @@ def walk(policy: SchedulePolicy, chance: random.Random) -> None:
     surroundings = CacheSurroundings(VirtualMarks(clock), transfers, lambda expert: 0, inbox, clock)
     expert_cache = ExpertCache(range(GEOMETRY.num_slots), GEOMETRY, policy, surroundings)
     scores = HintScores(GEOMETRY.num_layers)
-    expert_cache.sinks += [lambda event: sys.stdout.write(told(event) + "\n"), scores]
+    expert_cache.sinks += [tell, scores]
     for step in range(1, NUM_STEPS + 1):
         num_tokens = chance.choice([1, 1, 1, 20])
         expert_cache.begin_step(StepStart(step, (StepSpan("a", num_tokens, num_tokens > 1),), ()))

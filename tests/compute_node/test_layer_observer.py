@@ -150,8 +150,8 @@ def test_samples_are_the_rows_of_what_was_shown(
             expected.append((step, NUM_LAYERS, ObservedKind.LAYER_INPUT))
     assert kinds == expected
     # Every layer's routing exactly once, and none is left over for the next step.
-    every = [(step, layer) for step in (1, 2) for layer in range(NUM_LAYERS)]
-    assert routings == (every if routing_wanted else [])
+    all_layers = [(step, layer) for step in (1, 2) for layer in range(NUM_LAYERS)]
+    assert routings == (all_layers if routing_wanted else [])
 
 
 def test_nothing_is_copied_for_nobody() -> None:
