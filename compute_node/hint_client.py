@@ -17,7 +17,7 @@ import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -178,7 +178,7 @@ class HintClient:
         )
         if start.ended_request_ids:
             session.outgoing.send(RequestsEnded(start.ended_request_ids))
-        session.outgoing.send(start)
+        session.outgoing.send(replace(start, version=active.version))
         return wanted
 
     def take(self, sample: LayerSample) -> None:

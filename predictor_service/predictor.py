@@ -7,7 +7,7 @@ version that never changes. What depends on a stream's past lives in its session
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from promoe.hint import Hint, Observation, PredictorVersion, StepStart
 from promoe.model_spec import ModelSpec
@@ -43,6 +43,14 @@ class PredictorSession(Protocol):
 
     def end_requests(self, request_ids: Sequence[str]) -> None:
         """Forgets what was kept for these requests."""
+
+
+@runtime_checkable
+class AdoptingSession(Protocol):
+    """What a session may be, too: one that goes on where another version's stops."""
+
+    def adopt(self, former: PredictorSession) -> None:
+        """Takes over what the former version's session remembers, as far as it has a use for it."""
 
 
 class Predictor(Protocol):

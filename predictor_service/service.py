@@ -6,7 +6,7 @@ A gRPC stream has two threads, a packet connection has one, which reads everythi
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import Final
@@ -45,20 +45,20 @@ MOST_PACKETS_A_TURN: Final = 256
 
 
 class PredictorService(pb_grpc.PredictorServicer):
-    """Servicer of one predictor version.
+    """Servicer of predictions.
 
     Args:
         spec: the model whose experts are predicted.
-        predictor: makes all hints.
+        active: what makes the hints of steps that begin now.
         limits: what one session and all together may use.
 
     Attributes:
         has_packets: `converse` is served, too.
     """
 
-    def __init__(self, spec: ModelSpec, predictor: Predictor, limits: SessionLimits) -> None:
+    def __init__(self, spec: ModelSpec, active: Callable[[], Predictor], limits: SessionLimits) -> None:
         self.has_packets = False
-        self._sessions = SessionBook[pb.PredictRequest](spec, predictor, limits)
+        self._sessions = SessionBook[pb.PredictRequest](spec, active, limits)
         self._info = model_pb2.ServiceInfo(
             version=version("promoe"), schema_version=SCHEMA_VERSION, instance_id=uuid4().hex
         )
@@ -82,7 +82,7 @@ class PredictorService(pb_grpc.PredictorServicer):
         return pb.PredictorGetInfoResponse(
             service=self._info,
             model=encode_spec(self._sessions.spec),
-            active=encode_version(self._sessions.predictor.version),
+            active=encode_version(self._sessions.active().version),
             packets=self.has_packets,
         )
 
@@ -105,13 +105,13 @@ class PredictorService(pb_grpc.PredictorServicer):
         """One node's session: from its hello until either side ends the stream."""
         hello = next(request_iterator, None)
         with self._opened(hello) as entry:
-            yield self._welcome(entry)
+            yield self._welcome(entry.session)
             reader = threading.Thread(
                 target=_read_events, args=(request_iterator, entry.waiting), name="read", daemon=True
             )
             reader.start()
             while (event := entry.waiting.get()) is not None:
-                response = _handle(entry.session, event)
+                response = self._handle(entry.session, event)
                 if response is not None:
                     yield response
 
@@ -129,9 +129,9 @@ class PredictorService(pb_grpc.PredictorServicer):
         if hello is None:
             raise DeadlineExceeded(f"No hello came within {HELLO_DEADLINE_S:g} s.")
         with self._opened(_decode(hello)) as entry:
-            _send(channel, self._welcome(entry))
+            _send(channel, self._welcome(entry.session))
             while (event := _await_event(channel, entry.waiting)) is not None:
-                response = _handle(entry.session, event)
+                response = self._handle(entry.session, event)
                 if response is not None:
                     _send(channel, response)
 
@@ -140,10 +140,25 @@ class PredictorService(pb_grpc.PredictorServicer):
         max_rows = min(hello.max_rows, self._sessions.limits.max_rows)
         return self._sessions.opened(hello.service.instance_id, max_rows)
 
-    def _welcome(self, entry: OpenSession[pb.PredictRequest]) -> pb.PredictResponse:
-        active = encode_version(self._sessions.predictor.version)
-        welcome = pb.PredictWelcome(service=self._info, active=active, max_rows=entry.session.max_rows)
+    def _welcome(self, session: Session) -> pb.PredictResponse:
+        active = encode_version(session.announced)
+        welcome = pb.PredictWelcome(service=self._info, active=active, max_rows=session.max_rows)
         return pb.PredictResponse(welcome=welcome)
+
+    def _handle(self, session: Session, request: pb.PredictRequest) -> pb.PredictResponse | None:
+        match request.WhichOneof("event"):
+            case "observation":
+                hints = session.observe(decode_observation(request.observation))
+                if hints:
+                    return pb.PredictResponse(hints=pb.Hints(hints=[encode_hint(hint) for hint in hints]))
+            case "step_start":
+                if session.begin_step(decode_step_start(request.step_start)) is not None:
+                    return self._welcome(session)
+            case "requests_ended":
+                session.end_requests(decode_requests_ended(request.requests_ended).request_ids)
+            case _:
+                raise InvalidInput("After the hello, a node sends steps, observations and ended requests only.")
+        return None
 
     def _check_hello(self, first: pb.PredictRequest | None) -> pb.PredictHello:
         if first is None or first.WhichOneof("event") != "hello":
@@ -205,17 +220,3 @@ def _send(channel: PacketChannel, response: pb.PredictResponse) -> None:
     except Unavailable:
         return
 
-
-def _handle(session: Session, request: pb.PredictRequest) -> pb.PredictResponse | None:
-    match request.WhichOneof("event"):
-        case "observation":
-            hints = session.observe(decode_observation(request.observation))
-            if hints:
-                return pb.PredictResponse(hints=pb.Hints(hints=[encode_hint(hint) for hint in hints]))
-        case "step_start":
-            session.begin_step(decode_step_start(request.step_start))
-        case "requests_ended":
-            session.end_requests(decode_requests_ended(request.requests_ended).request_ids)
-        case _:
-            raise InvalidInput("After the hello, a node sends steps, observations and ended requests only.")
-    return None

@@ -4,18 +4,21 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 
-from predictor_service.predictor import Predictor
+from predictor_service.predictor import AdoptingSession, Predictor
 from promoe.errors import InternalError, InvalidInput
-from promoe.hint import Hint, Observation, ObservedKind, StepStart
+from promoe.hint import Hint, Observation, ObservedKind, PredictorVersion, StepStart
 from promoe.model_spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+
+MOST_ANNOUNCED: Final = 8
+"""Versions that a node may still sample for: it reads a welcome a step late, and changes may follow each other."""
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Session:
     Args:
         node: the node's name for itself, for the log.
         spec: the model both ends have.
-        predictor: makes the hints.
+        active: what makes the hints of steps that begin now; a plug-in's one version after the other.
         max_rows: rows an observation may have.
 
     Attributes:
@@ -51,26 +54,47 @@ class Session:
         InternalError: the plug-in failed.
     """
 
-    def __init__(self, node: str, spec: ModelSpec, predictor: Predictor, max_rows: int) -> None:
+    def __init__(self, node: str, spec: ModelSpec, active: Callable[[], Predictor], max_rows: int) -> None:
         self.node = node
         self.counters = SessionCounters()
         self._spec = spec
-        self._version = predictor.version
         self.max_rows = max_rows
+        self._active = active
+        self._newest = self._predictor = active()
+        self._version = self._predictor.version
+        # What the node was told of lately, by name: it samples a step as the welcome says that it has read.
+        self._announced = {self._version.version: self._predictor}
         self._step = 0
-        self._predictions = self._guarded(predictor.open_session)
+        self._predictions = self._guarded(self._predictor.open_session)
 
-    def begin_step(self, start: StepStart) -> None:
-        """A forward pass begins.
+    @property
+    def announced(self) -> PredictorVersion:
+        """What the node was told of last."""
+        return self._newest.version
+
+    def begin_step(self, start: StepStart) -> PredictorVersion | None:
+        """A forward pass begins, predicted by the version that the node samples it for.
+
+        Returns:
+            A version that became active since, for the node to be told of; None where there is none.
 
         Raises:
-            InvalidInput: steps do not count up.
+            InvalidInput: steps do not count up, or it is sampled for a version that was not announced.
             InternalError: the plug-in failed.
         """
         if start.step <= self._step:
             raise InvalidInput(f"Step {start.step} came after step {self._step}; steps count up.")
+        predictor = self._announced.get(start.version) if start.version else self._newest
+        if predictor is None:
+            raise InvalidInput(
+                f"Step {start.step} is sampled for {start.version}; announced were {', '.join(self._announced)}."
+            )
         self._step = start.step
+        if predictor is not self._predictor:
+            self._go_on_with(predictor)
         self._guarded(lambda: self._predictions.begin_step(start))
+        active = self._active()
+        return None if active is self._newest else self._announce(active)
 
     def observe(self, observation: Observation) -> Sequence[Hint]:
         """The plug-in's hints; none for an observation that is refused.
@@ -94,6 +118,24 @@ class Session:
     def end_requests(self, request_ids: Sequence[str]) -> None:
         """These requests are over; raises InternalError when the plug-in failed."""
         self._guarded(lambda: self._predictions.end_requests(request_ids))
+
+    def _go_on_with(self, predictor: Predictor) -> None:
+        """Between two steps; what the former version remembers of the requests goes on where kinds allow."""
+        former = self._predictions
+        self._predictor, self._version = predictor, predictor.version
+        self._predictions = self._guarded(predictor.open_session)
+        adopting = self._predictions
+        if isinstance(adopting, AdoptingSession):
+            self._guarded(lambda: adopting.adopt(former))
+
+    def _announce(self, active: Predictor) -> PredictorVersion:
+        self._newest = active
+        self._announced.pop(active.version.version, None)
+        self._announced[active.version.version] = active
+        for version in list(self._announced)[:-MOST_ANNOUNCED]:
+            if version != self._version.version:
+                del self._announced[version]
+        return active.version
 
     def _check(self, observation: Observation) -> None:
         spec, num_rows = self._spec, len(observation.rows)

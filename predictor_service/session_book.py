@@ -1,7 +1,7 @@
 """Which sessions are open, and what all sessions since the start have done together."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -63,17 +63,17 @@ class OpenSession(Generic[_Event]):
 
 
 class SessionBook(Generic[_Event]):
-    """Opens and closes sessions of one predictor; usable from several threads.
+    """Opens and closes sessions; usable from several threads.
 
     Args:
         spec: the model whose experts are predicted.
-        predictor: makes all hints.
+        active: what makes the hints of steps that begin now.
         limits: what is allowed.
     """
 
-    def __init__(self, spec: ModelSpec, predictor: Predictor, limits: SessionLimits) -> None:
+    def __init__(self, spec: ModelSpec, active: Callable[[], Predictor], limits: SessionLimits) -> None:
         self.spec = spec
-        self.predictor = predictor
+        self.active = active
         self.limits = limits
         self._lock = threading.Lock()
         self._open: list[OpenSession[_Event]] = []
@@ -89,7 +89,7 @@ class SessionBook(Generic[_Event]):
             Overloaded: as many are open as there may be.
             Unavailable: the service is shutting down.
         """
-        session = Session(node, self.spec, self.predictor, max_rows)
+        session = Session(node, self.spec, self.active, max_rows)
         entry = OpenSession(session, DroppingQueue[_Event](self.limits.max_queued_events))
         with self._lock:
             if self._end is not None:
@@ -123,7 +123,7 @@ class SessionBook(Generic[_Event]):
                 _add(total, entry.session.counters)
                 num_dropped += entry.waiting.num_dropped
         return PredictorStats(
-            active=self.predictor.version,
+            active=self.active().version,
             sessions=num_open,
             observations=total.observations,
             dropped_observations=num_dropped,

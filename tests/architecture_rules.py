@@ -32,6 +32,7 @@ PROCESS_EDGES: Final = frozenset(
         # Every call of a predictor plug-in, which may be anybody's: it ends its session, never the service.
         ("predictor_service/session.py", "_guarded"),
         ("predictor_service/service.py", "converse"),
+        ("predictor_service/versions.py", "_try_out"),
     }
 )
 """File and function of each `except Exception` that does not raise again."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from predictor_service.artifact import Artifact, read_artifact
 from predictor_service.packaged import packaged_artifact
-from predictor_service.predictor import PredictorSource
+from predictor_service.predictor import PredictorSession, PredictorSource
 from predictor_service.predictors.ranking import HintTarget, Ranking, target_of, union
 from predictor_service.predictors.request_history import NUM_FEATURES, RequestHistory, requests_of_rows
 from promoe.config import SettingUnfit
@@ -117,6 +117,11 @@ class LearnedPredictor:
         """See Predictor."""
         return LearnedSession(self, self.spec)
 
+    def has_signatures_of(self, other: "LearnedPredictor") -> bool:
+        """Whether both make the same of what the router reads."""
+        mine, theirs = self.in_weight_LOD[:, self.trunk_units :], other.in_weight_LOD[:, other.trunk_units :]
+        return np.array_equal(mine, theirs)
+
     def trunk(self, layer: int, hidden_RD: Float32Array) -> tuple[Float32Array, Float32Array]:
         """(R, H + E): the trunk's units, and the signature behind them; (R, E): the signature."""
         trunk_RO = hidden_RD @ self.in_weight_LOD[layer].T
@@ -150,6 +155,12 @@ class LearnedSession:
         self._is_prefill = False
         self._rows: tuple[int, ...] = ()
         self._requests: tuple[str, ...] = ()
+
+    def adopt(self, former: PredictorSession) -> None:
+        """See AdoptingSession: what requests were routed to stays true; signatures are those of one training's routers."""
+        if isinstance(former, LearnedSession):
+            same_routers = self._predictor.has_signatures_of(former._predictor)
+            self._history = former._history.copy(with_signatures=same_routers)
 
     def begin_step(self, start: StepStart) -> None:
         """See PredictorSession."""

@@ -66,6 +66,16 @@ class RequestHistory:
         for request_id, signature_E in zip(requests, signature_RE, strict=True):
             self._entry(request_id)[layer, SIGNATURE] = signature_E
 
+    def copy(self, *, with_signatures: bool) -> "RequestHistory":
+        """The same requests' history for another session, with signatures unknown where they mean something else."""
+        copied = RequestHistory.__new__(RequestHistory)
+        copied._unknown_L3E = self._unknown_L3E
+        copied._of_request = {request_id: entry_L3E.copy() for request_id, entry_L3E in self._of_request.items()}
+        if not with_signatures:
+            for entry_L3E in copied._of_request.values():
+                entry_L3E[:, SIGNATURE] = 0
+        return copied
+
     def features(self, request_id: str, layers: np.ndarray) -> Float32Array:
         """(layers, 3E)"""
         entry_L3E = self._of_request.get(request_id, self._unknown_L3E)

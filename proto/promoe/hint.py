@@ -66,11 +66,13 @@ class StepStart:
         step: counts up.
         spans: whose tokens its rows are, in order.
         ended_request_ids: requests that ended since the step before; predictors are told by a `RequestsEnded`.
+        version: of the predictor, whose wishes the step's observations follow; empty where there is none.
     """
 
     step: int
     spans: tuple[StepSpan, ...]
     ended_request_ids: tuple[str, ...] = ()
+    version: str = ""
 
     @property
     def num_tokens(self) -> int:

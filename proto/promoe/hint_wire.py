@@ -92,12 +92,14 @@ def _bfloat16_bits(values: Float32Array) -> np.ndarray:
 
 def encode_step_start(start: StepStart) -> predictor_pb2.StepStart:
     """To the wire."""
-    return predictor_pb2.StepStart(step=start.step, spans=[_encode_span(span) for span in start.spans])
+    spans = [_encode_span(span) for span in start.spans]
+    return predictor_pb2.StepStart(step=start.step, spans=spans, version=start.version)
 
 
 def decode_step_start(message: predictor_pb2.StepStart) -> StepStart:
     """From the wire; raises ValueError for a span without a phase."""
-    return StepStart(message.step, tuple(_decode_span(span) for span in message.spans))
+    spans = tuple(_decode_span(span) for span in message.spans)
+    return StepStart(message.step, spans, version=message.version)
 
 
 def _encode_span(span: StepSpan) -> predictor_pb2.StepSpan:

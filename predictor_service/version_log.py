@@ -1,0 +1,172 @@
+"""What became of which version, when, by whom and why: a small file that is only ever added to.
+
+One JSON document a line, numbered; the numbers say the order, not the clock, which may jump. A last line that was cut
+off by a crash never happened.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from promoe.errors import InvalidInput, ResourceExhausted
+
+
+class VersionAction(Enum):
+    """START: the service began with it."""
+
+    START = "start"
+    ACTIVATE = "activate"
+    ROLLBACK = "rollback"
+
+
+@dataclass(frozen=True)
+class VersionChange:
+    """One line.
+
+    Attributes:
+        number: counts up from 1.
+        at_unix_s: wall-clock time, for people.
+        service: which service's; several may share a registry.
+        action: what was done.
+        before, after: the active version, `name@version`; `before` is empty at a start.
+        who: did it.
+        why: in their words.
+        numbers: what it was decided on.
+    """
+
+    number: int
+    at_unix_s: float
+    service: str
+    action: VersionAction
+    before: str
+    after: str
+    who: str
+    why: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Who asks for a change.
+
+    Attributes:
+        who: a person or a program.
+        why: in their words.
+        expected: the version that they believe to be active; None: whichever is.
+    """
+
+    who: str
+    why: str
+    expected: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.who.strip():
+            raise InvalidInput("Nobody is named as the one who asks; who it was is written down.")
+
+
+class VersionLog:
+    """The changes of one folder; without a file they are kept in memory, for as long as the process lives.
+
+    Args:
+        path: of the file, made with the first line; None for memory alone.
+        service: whose changes are added.
+        wall_clock: seconds since the epoch.
+    """
+
+    def __init__(self, path: Path | None, service: str, wall_clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._service = service
+        self._wall_clock = wall_clock
+        self._kept: list[VersionChange] = []
+
+    def changes(self) -> list[VersionChange]:
+        """All of them, oldest first, those of other services too."""
+        if self._path is None:
+            return list(self._kept)
+        try:
+            text = self._path.read_bytes()
+        except FileNotFoundError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        return [change for line in whole.splitlines() if (change := _decode(line)) is not None]
+
+    def last_active(self) -> str | None:
+        """What this service's last change left active; None before the first."""
+        mine = [change.after for change in self.changes() if change.service == self._service]
+        return mine[-1] if mine else None
+
+    def add(
+        self, action: VersionAction, before: str, after: str, wish: Wish, numbers: Mapping[str, float] | None = None
+    ) -> VersionChange:
+        """Adds one line, on the disk when this returns.
+
+        Raises:
+            ResourceExhausted: it cannot be written; nothing was added.
+        """
+
+        def numbered(number: int) -> VersionChange:
+            return VersionChange(
+                number=number,
+                at_unix_s=self._wall_clock(),
+                service=self._service,
+                action=action,
+                before=before,
+                after=after,
+                who=wish.who,
+                why=wish.why,
+                numbers=dict(numbers or {}),
+            )
+
+        if self._path is None:
+            self._kept.append(numbered(len(self._kept) + 1))
+            return self._kept[-1]
+        try:
+            self._path.parent.mkdir(mode=0o770, parents=True, exist_ok=True)
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o660)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            # Other services, and other admins, add to the same file.
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            known = self.changes()
+            change = numbered(1 + (known[-1].number if known else 0))
+            _append(fd, change)
+            return change
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            os.close(fd)
+
+    def _unwritable(self, error: OSError) -> ResourceExhausted:
+        return ResourceExhausted(
+            f"The versions' history {self._path} cannot be written ({error.strerror}); nothing was changed."
+        )
+
+
+def _append(fd: int, change: VersionChange) -> None:
+    """Behind the last whole line; what a crash left behind it goes."""
+    end = os.pread(fd, os.fstat(fd).st_size, 0).rfind(b"\n") + 1
+    line = json.dumps({**asdict(change), "action": change.action.value}).encode() + b"\n"
+    try:
+        os.ftruncate(fd, end)
+        if os.pwrite(fd, line, end) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(fd)
+    except OSError:
+        os.ftruncate(fd, end)
+        raise
+
+
+def _decode(line: bytes) -> VersionChange | None:
+    """None for a line of another version of promoe, or one that was damaged: history is for people, too."""
+    try:
+        document = json.loads(line)
+        return VersionChange(**{**document, "action": VersionAction(document["action"])})
+    except (ValueError, TypeError, KeyError):
+        return None
