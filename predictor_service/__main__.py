@@ -13,13 +13,19 @@ from typing import Final
 # take the compute node's cores. Who sets the variable decides.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
 
+from predictor_service.admin.in_use import history_path
+from predictor_service.admin.service import ADMIN_SERVICE_NAME, PredictorAdminService
+from predictor_service.catalogue import Catalogue
 from predictor_service.choice import choose_predictor
-from predictor_service.config import PredictorConfig
+from predictor_service.config import AUTO, PredictorConfig
 from predictor_service.metrics import metrics_page
 from predictor_service.packet_server import PacketServer
 from predictor_service.predictor import PredictorSource
+from predictor_service.registry import Registry
 from predictor_service.service import SERVICE_NAME, PredictorService
 from predictor_service.session_book import SessionLimits
+from predictor_service.version_log import VersionLog
+from predictor_service.versions import Versions
 from promoe.config import LogConfig, Settings, SettingUnfit
 from promoe.errors import PromoeError, ResourceExhausted, Unavailable, exit_status
 from promoe.pack_manifest import PackManifest
@@ -41,22 +47,38 @@ def serve(config: PredictorConfig) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # here and in every thread to come: sigwait takes them
     spec = PackManifest.read(config.pack).spec
     source = PredictorSource(spec, config.pack, config.artifact, config.lookahead)
-    predictor = choose_predictor(config.predictor, source)
+    catalogue = Catalogue(spec, config.pack, Registry(config.registry) if config.registry else None)
+    versions = _begin_versions(config, source, catalogue)
     limits = SessionLimits(config.max_rows, config.max_sessions, config.max_queued_events)
-    service = PredictorService(spec, predictor, limits)
+    service = PredictorService(spec, lambda: versions.active, limits)
     with metrics_page(service.stats, config.metrics_listen):
-        server = ThreadedRpcServer((SERVICE_NAME,), config.max_sessions)
+        server = ThreadedRpcServer((SERVICE_NAME, ADMIN_SERVICE_NAME), config.max_sessions)
         service.register(server.server)
+        PredictorAdminService(versions, catalogue).register(server.server)
         endpoint = _listen(server, config.listen)
         packets = _open_packets(service, endpoint, config.max_sessions)
         server.start()
+        versions.started()
         server.set_serving(True)
-        logger.info("Predicting %s with %s at %s.", spec.name, predictor.version.version, endpoint)
+        logger.info("Predicting %s with %s at %s.", spec.name, versions.active.version.version, endpoint)
         signal.sigwait(_STOP_SIGNALS)
         service.end_streams(Unavailable("The predictor service is shutting down."))
         if packets is not None:
             packets.close()
         server.stop(config.drain_deadline_s)
+
+
+def _begin_versions(config: PredictorConfig, source: PredictorSource, catalogue: Catalogue) -> Versions:
+    """With what the configuration names; where it leaves the choice, with what this service's history left active."""
+    path = history_path(config.registry, source.spec.fingerprint) if config.registry else None
+    log = VersionLog(path, config.listen)
+    last = log.last_active() if config.predictor == AUTO and config.artifact is None else None
+    if last is not None:
+        try:
+            return Versions(source.spec, catalogue.load(last), catalogue.load, log)
+        except (PromoeError, SettingUnfit) as error:
+            logger.warning("%s was active and cannot be any more: %s", last, error)
+    return Versions(source.spec, choose_predictor(config.predictor, source), catalogue.load, log)
 
 
 def _open_packets(service: PredictorService, endpoint: str, max_sessions: int) -> PacketServer | None:

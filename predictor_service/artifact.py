@@ -52,6 +52,7 @@ class ArtifactManifest:
         lookaheads: that it predicts at, in MoE layers.
         training: data, its size, objective and settings, for people.
         metrics: measured on documents that were not trained on.
+        parent: the version that training began from, `name@version`; empty where it began from nothing.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class ArtifactManifest:
     lookaheads: tuple[int, ...]
     training: dict[str, str | int | float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    parent: str = ""
 
     def check_model(self, spec: ModelSpec, path: Path) -> None:
         """Raises ModelMismatch, with both sides, unless it was trained for this model."""
@@ -235,6 +237,8 @@ def _manifest_of(document: dict[str, object], path: Path) -> ArtifactManifest:
         lookaheads=tuple(map(_integer, _list(document, "lookaheads"))),
         training=_table(document, "training"),
         metrics={key: float(value) for key, value in _table(document, "metrics").items()},
+        # Artifacts from before there were registries do not say.
+        parent=str(document.get("parent", "")),
     )
 
 

@@ -33,6 +33,8 @@ class PredictorConfig:
         predictor: a plug-in's name, or `auto`.
         artifact: what the plug-in was trained to, or for the oracle a recorded trace; None: the one that comes with
             promoe, where there is one for the model.
+        registry: folder of published versions, and of the history of what was active; None: versions come with promoe,
+            and the history is forgotten with the process.
         lookahead: how many MoE layers ahead is predicted; None: the predictor's own distance.
         max_rows: tokens of a step that are observed at most.
         max_sessions: compute nodes served at once.
@@ -45,6 +47,7 @@ class PredictorConfig:
     metrics_listen: str = ""
     predictor: str = AUTO
     artifact: Path | None = None
+    registry: Path | None = None
     lookahead: int | None = None
     max_rows: int = 8
     max_sessions: int = 16

@@ -219,4 +219,3 @@ def _send(channel: PacketChannel, response: pb.PredictResponse) -> None:
         channel.send(response.SerializeToString())
     except Unavailable:
         return
-

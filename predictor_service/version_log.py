@@ -9,46 +9,12 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from enum import Enum
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from promoe.errors import InvalidInput, ResourceExhausted
-
-
-class VersionAction(Enum):
-    """START: the service began with it."""
-
-    START = "start"
-    ACTIVATE = "activate"
-    ROLLBACK = "rollback"
-
-
-@dataclass(frozen=True)
-class VersionChange:
-    """One line.
-
-    Attributes:
-        number: counts up from 1.
-        at_unix_s: wall-clock time, for people.
-        service: which service's; several may share a registry.
-        action: what was done.
-        before, after: the active version, `name@version`; `before` is empty at a start.
-        who: did it.
-        why: in their words.
-        numbers: what it was decided on.
-    """
-
-    number: int
-    at_unix_s: float
-    service: str
-    action: VersionAction
-    before: str
-    after: str
-    who: str
-    why: str
-    numbers: Mapping[str, float] = field(default_factory=dict)
+from promoe.predictor_versions import VersionAction, VersionChange, VersionMetric
 
 
 @dataclass(frozen=True)
@@ -97,12 +63,13 @@ class VersionLog:
         return [change for line in whole.splitlines() if (change := _decode(line)) is not None]
 
     def last_active(self) -> str | None:
-        """What this service's last change left active; None before the first."""
-        mine = [change.after for change in self.changes() if change.service == self._service]
+        """What this service's last change left active; None before the first, a start being none."""
+        changes = (change for change in self.changes() if change.action is not VersionAction.START)
+        mine = [change.after for change in changes if change.service == self._service]
         return mine[-1] if mine else None
 
     def add(
-        self, action: VersionAction, before: str, after: str, wish: Wish, numbers: Mapping[str, float] | None = None
+        self, action: VersionAction, before: str, after: str, wish: Wish, numbers: tuple[VersionMetric, ...] = ()
     ) -> VersionChange:
         """Adds one line, on the disk when this returns.
 
@@ -120,7 +87,7 @@ class VersionLog:
                 after=after,
                 who=wish.who,
                 why=wish.why,
-                numbers=dict(numbers or {}),
+                numbers=numbers,
             )
 
         if self._path is None:
@@ -167,6 +134,7 @@ def _decode(line: bytes) -> VersionChange | None:
     """None for a line of another version of promoe, or one that was damaged: history is for people, too."""
     try:
         document = json.loads(line)
-        return VersionChange(**{**document, "action": VersionAction(document["action"])})
+        numbers = tuple(VersionMetric(**number) for number in document["numbers"])
+        return VersionChange(**{**document, "action": VersionAction(document["action"]), "numbers": numbers})
     except (ValueError, TypeError, KeyError):
         return None

@@ -14,10 +14,11 @@ from typing import Final
 import numpy as np
 
 from predictor_service.predictor import Predictor
-from predictor_service.version_log import VersionAction, VersionChange, VersionLog, Wish
+from predictor_service.version_log import VersionLog, Wish
 from promoe.errors import InternalError, InvalidInput, ModelMismatch, PromoeError
 from promoe.hint import LayerRouting, Observation, ObservedKind, StepSpan, StepStart
 from promoe.model_spec import ModelSpec
+from promoe.predictor_versions import VersionAction, VersionChange
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +72,12 @@ class Versions:
         """
         with self._changing:
             self._check_expected(wish)
-            if version == self._active.version.version:
+            if version in (self._active.version.version, self._active.version.predictor):
                 return None
             previous = self._previous
-            is_previous = previous is not None and previous.version.version == version
-            candidate = previous if is_previous and previous is not None else self._loaded(version)
-            return self._change_to(candidate, VersionAction.ACTIVATE, wish)
+            if previous is not None and previous.version.version == version:
+                return self._change_to(previous, VersionAction.ACTIVATE, wish)
+            return self._change_to(self._loaded(version), VersionAction.ACTIVATE, wish)
 
     def rollback(self, wish: Wish) -> VersionChange:
         """Makes the version before the active one again, at once: it was kept.
@@ -112,8 +113,9 @@ class Versions:
 
     def _loaded(self, version: str) -> Predictor:
         candidate = self._load(version)
-        if candidate.version.version != version:
-            raise ModelMismatch(f"{version} was asked for, and {candidate.version.version} is what was found.")
+        found = candidate.version
+        if version not in (found.version, found.predictor):
+            raise ModelMismatch(f"{version} was asked for, and {found.version} is what was found.")
         self._try_out(candidate)
         return candidate
 

@@ -157,10 +157,10 @@ class LearnedSession:
         self._requests: tuple[str, ...] = ()
 
     def adopt(self, former: PredictorSession) -> None:
-        """See AdoptingSession: what requests were routed to stays true; signatures are those of one training's routers."""
+        """See AdoptingSession: where requests were routed stays true; signatures are those of one training."""
         if isinstance(former, LearnedSession):
             same_routers = self._predictor.has_signatures_of(former._predictor)
-            self._history = former._history.copy(with_signatures=same_routers)
+            self._history = former._history.copied(with_signatures=same_routers)
 
     def begin_step(self, start: StepStart) -> None:
         """See PredictorSession."""

@@ -5,6 +5,7 @@ Shapes: L MoE layers, R sampled rows (tokens), K experts per token, E experts; 3
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Final
 
 import numpy as np
@@ -66,10 +67,9 @@ class RequestHistory:
         for request_id, signature_E in zip(requests, signature_RE, strict=True):
             self._entry(request_id)[layer, SIGNATURE] = signature_E
 
-    def copy(self, *, with_signatures: bool) -> "RequestHistory":
+    def copied(self, *, with_signatures: bool) -> "RequestHistory":
         """The same requests' history for another session, with signatures unknown where they mean something else."""
-        copied = RequestHistory.__new__(RequestHistory)
-        copied._unknown_L3E = self._unknown_L3E
+        copied = copy(self)
         copied._of_request = {request_id: entry_L3E.copy() for request_id, entry_L3E in self._of_request.items()}
         if not with_signatures:
             for entry_L3E in copied._of_request.values():

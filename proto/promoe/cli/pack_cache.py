@@ -61,6 +61,11 @@ def cache_home() -> Path:
         raise InvalidInput(f"There is no home folder; set {HOME_VARIABLE} to a folder for packs.") from error
 
 
+def registry_folder() -> Path:
+    """Where trained predictors are published unless another folder is named; raises as `cache_home`."""
+    return cache_home() / "predictors"
+
+
 def plan_pack(model: str, dtype: str | None, wheel: Path | None = None) -> PackPlan:
     """Looks at what is there.
 

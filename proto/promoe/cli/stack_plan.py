@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from promoe.cli.pack_cache import PackPlan
+from promoe.cli.pack_cache import PackPlan, registry_folder
 from promoe.cli.run_dir import DEFAULT_LISTEN, RunDir
 from promoe.cli.supervisor import ServiceCommand
 from promoe.config import Settings
@@ -61,6 +61,8 @@ def plan_stack(pack: PackPlan, run_dir: RunDir, config: Path | None, assignments
     has_predictor = _wants_predictor(settings)
     if has_predictor:
         needs |= dict.fromkeys(("predictor.listen", "compute.predictor_endpoint"), run_dir.predictor_endpoint)
+        if settings.asked("predictor", "registry", str) is None:
+            needs["predictor.registry"] = str(registry_folder())
     arguments = (*asked, *_set_flags([f"{key}={value}" for key, value in needs.items()]))
 
     def command(name: str, module: str, section: str, stop_deadline_s: float) -> ServiceCommand:

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from promoe.v1 import model_pb2 as promoe_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19promoe/v1/predictor.proto\x12\tpromoe.v1\x1a\x15promoe/v1/model.proto\"\x19\n\x17PredictorGetInfoRequest\"\xa6\x01\n\x18PredictorGetInfoResponse\x12\'\n\x07service\x18\x01 \x01(\x0b\x32\x16.promoe.v1.ServiceInfo\x12#\n\x05model\x18\x02 \x01(\x0b\x32\x14.promoe.v1.ModelSpec\x12+\n\x06\x61\x63tive\x18\x03 \x01(\x0b\x32\x1b.promoe.v1.PredictorVersion\x12\x0f\n\x07packets\x18\x04 \x01(\x08\"\xb7\x01\n\x10PredictorVersion\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\tpredictor\x18\x02 \x01(\t\x12)\n\x08observed\x18\x03 \x01(\x0e\x32\x17.promoe.v1.ObservedKind\x12\x12\n\nlookaheads\x18\x04 \x03(\r\x12\x12\n\ncalibrated\x18\x05 \x01(\x08\x12\x15\n\rwants_routing\x18\x06 \x01(\x08\x12\x15\n\robserve_every\x18\x07 \x01(\r\"\xd2\x01\n\x0ePredictRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.promoe.v1.PredictHelloH\x00\x12*\n\nstep_start\x18\x02 \x01(\x0b\x32\x14.promoe.v1.StepStartH\x00\x12-\n\x0bobservation\x18\x03 \x01(\x0b\x32\x16.promoe.v1.ObservationH\x00\x12\x32\n\x0erequests_ended\x18\x04 \x01(\x0b\x32\x18.promoe.v1.RequestsEndedH\x00\x42\x07\n\x05\x65vent\"n\n\x0cPredictHello\x12\'\n\x07service\x18\x01 \x01(\x0b\x32\x16.promoe.v1.ServiceInfo\x12#\n\x05model\x18\x02 \x01(\x0b\x32\x14.promoe.v1.ModelSpec\x12\x10\n\x08max_rows\x18\x03 \x01(\r\"=\n\tStepStart\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\"\n\x05spans\x18\x02 \x03(\x0b\x32\x13.promoe.v1.StepSpan\"W\n\x08StepSpan\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12#\n\x05phase\x18\x03 \x01(\x0e\x32\x14.promoe.v1.StepPhase\"$\n\rRequestsEnded\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x9a\x01\n\x0bObservation\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x03(\r\x12!\n\x06hidden\x18\x04 \x01(\x0b\x32\x11.promoe.v1.Tensor\x12)\n\x08routings\x18\x05 \x03(\x0b\x32\x17.promoe.v1.LayerRouting\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\"/\n\x0cLayerRouting\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08topk_ids\x18\x02 \x01(\x0c\"F\n\x06Tensor\x12\x1f\n\x05\x64type\x18\x01 \x01(\x0e\x32\x10.promoe.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x91\x01\n\x0fPredictResponse\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.promoe.v1.PredictWelcomeH\x00\x12!\n\x05hints\x18\x02 \x01(\x0b\x32\x10.promoe.v1.HintsH\x00\x12$\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x15.promoe.v1.SessionEndH\x00\x42\x07\n\x05\x65vent\"1\n\nSessionEnd\x12\x13\n\x0bstatus_code\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"x\n\x0ePredictWelcome\x12\'\n\x07service\x18\x01 \x01(\x0b\x32\x16.promoe.v1.ServiceInfo\x12+\n\x06\x61\x63tive\x18\x02 \x01(\x0b\x32\x1b.promoe.v1.PredictorVersion\x12\x10\n\x08max_rows\x18\x03 \x01(\r\"\'\n\x05Hints\x12\x1e\n\x05hints\x18\x01 \x03(\x0b\x32\x0f.promoe.v1.Hint\"\x9a\x01\n\x04Hint\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x16\n\x0eobserved_layer\x18\x03 \x01(\r\x12\x15\n\robserved_step\x18\x04 \x01(\x04\x12\x0f\n\x07\x65xperts\x18\x05 \x03(\r\x12\x0e\n\x06scores\x18\x06 \x03(\x02\x12\x14\n\x0cnum_expected\x18\x07 \x01(\r\x12\x0f\n\x07version\x18\x08 \x01(\t\"\x17\n\x15PredictorStatsRequest\"\xcb\x01\n\x16PredictorStatsResponse\x12+\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x1b.promoe.v1.PredictorVersion\x12\x10\n\x08sessions\x18\x02 \x01(\r\x12\x14\n\x0cobservations\x18\x03 \x01(\x04\x12\x1c\n\x14\x64ropped_observations\x18\x04 \x01(\x04\x12\x1c\n\x14refused_observations\x18\x05 \x01(\x04\x12\r\n\x05hints\x18\x06 \x01(\x04\x12\x11\n\tpredict_s\x18\x07 \x01(\x01*\x84\x01\n\x0cObservedKind\x12\x1d\n\x19OBSERVED_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12OBSERVED_KIND_NONE\x10\x01\x12\x1d\n\x19OBSERVED_KIND_LAYER_INPUT\x10\x02\x12\x1e\n\x1aOBSERVED_KIND_ROUTER_INPUT\x10\x03*V\n\tStepPhase\x12\x1a\n\x16STEP_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12STEP_PHASE_PREFILL\x10\x01\x12\x15\n\x11STEP_PHASE_DECODE\x10\x02\x32\xf3\x01\n\tPredictor\x12R\n\x07GetInfo\x12\".promoe.v1.PredictorGetInfoRequest\x1a#.promoe.v1.PredictorGetInfoResponse\x12\x44\n\x07Predict\x12\x19.promoe.v1.PredictRequest\x1a\x1a.promoe.v1.PredictResponse(\x01\x30\x01\x12L\n\x05Stats\x12 .promoe.v1.PredictorStatsRequest\x1a!.promoe.v1.PredictorStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19promoe/v1/predictor.proto\x12\tpromoe.v1\x1a\x15promoe/v1/model.proto\"\x19\n\x17PredictorGetInfoRequest\"\xa6\x01\n\x18PredictorGetInfoResponse\x12\'\n\x07service\x18\x01 \x01(\x0b\x32\x16.promoe.v1.ServiceInfo\x12#\n\x05model\x18\x02 \x01(\x0b\x32\x14.promoe.v1.ModelSpec\x12+\n\x06\x61\x63tive\x18\x03 \x01(\x0b\x32\x1b.promoe.v1.PredictorVersion\x12\x0f\n\x07packets\x18\x04 \x01(\x08\"\xb7\x01\n\x10PredictorVersion\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\tpredictor\x18\x02 \x01(\t\x12)\n\x08observed\x18\x03 \x01(\x0e\x32\x17.promoe.v1.ObservedKind\x12\x12\n\nlookaheads\x18\x04 \x03(\r\x12\x12\n\ncalibrated\x18\x05 \x01(\x08\x12\x15\n\rwants_routing\x18\x06 \x01(\x08\x12\x15\n\robserve_every\x18\x07 \x01(\r\"\xd2\x01\n\x0ePredictRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.promoe.v1.PredictHelloH\x00\x12*\n\nstep_start\x18\x02 \x01(\x0b\x32\x14.promoe.v1.StepStartH\x00\x12-\n\x0bobservation\x18\x03 \x01(\x0b\x32\x16.promoe.v1.ObservationH\x00\x12\x32\n\x0erequests_ended\x18\x04 \x01(\x0b\x32\x18.promoe.v1.RequestsEndedH\x00\x42\x07\n\x05\x65vent\"n\n\x0cPredictHello\x12\'\n\x07service\x18\x01 \x01(\x0b\x32\x16.promoe.v1.ServiceInfo\x12#\n\x05model\x18\x02 \x01(\x0b\x32\x14.promoe.v1.ModelSpec\x12\x10\n\x08max_rows\x18\x03 \x01(\r\"N\n\tStepStart\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\"\n\x05spans\x18\x02 \x03(\x0b\x32\x13.promoe.v1.StepSpan\x12\x0f\n\x07version\x18\x03 \x01(\t\"W\n\x08StepSpan\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12#\n\x05phase\x18\x03 \x01(\x0e\x32\x14.promoe.v1.StepPhase\"$\n\rRequestsEnded\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x9a\x01\n\x0bObservation\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x03(\r\x12!\n\x06hidden\x18\x04 \x01(\x0b\x32\x11.promoe.v1.Tensor\x12)\n\x08routings\x18\x05 \x03(\x0b\x32\x17.promoe.v1.LayerRouting\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\"/\n\x0cLayerRouting\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08topk_ids\x18\x02 \x01(\x0c\"F\n\x06Tensor\x12\x1f\n\x05\x64type\x18\x01 \x01(\x0e\x32\x10.promoe.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x91\x01\n\x0fPredictResponse\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.promoe.v1.PredictWelcomeH\x00\x12!\n\x05hints\x18\x02 \x01(\x0b\x32\x10.promoe.v1.HintsH\x00\x12$\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x15.promoe.v1.SessionEndH\x00\x42\x07\n\x05\x65vent\"1\n\nSessionEnd\x12\x13\n\x0bstatus_code\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"x\n\x0ePredictWelcome\x12\'\n\x07service\x18\x01 \x01(\x0b\x32\x16.promoe.v1.ServiceInfo\x12+\n\x06\x61\x63tive\x18\x02 \x01(\x0b\x32\x1b.promoe.v1.PredictorVersion\x12\x10\n\x08max_rows\x18\x03 \x01(\r\"\'\n\x05Hints\x12\x1e\n\x05hints\x18\x01 \x03(\x0b\x32\x0f.promoe.v1.Hint\"\x9a\x01\n\x04Hint\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x16\n\x0eobserved_layer\x18\x03 \x01(\r\x12\x15\n\robserved_step\x18\x04 \x01(\x04\x12\x0f\n\x07\x65xperts\x18\x05 \x03(\r\x12\x0e\n\x06scores\x18\x06 \x03(\x02\x12\x14\n\x0cnum_expected\x18\x07 \x01(\r\x12\x0f\n\x07version\x18\x08 \x01(\t\"\x17\n\x15PredictorStatsRequest\"\xcb\x01\n\x16PredictorStatsResponse\x12+\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x1b.promoe.v1.PredictorVersion\x12\x10\n\x08sessions\x18\x02 \x01(\r\x12\x14\n\x0cobservations\x18\x03 \x01(\x04\x12\x1c\n\x14\x64ropped_observations\x18\x04 \x01(\x04\x12\x1c\n\x14refused_observations\x18\x05 \x01(\x04\x12\r\n\x05hints\x18\x06 \x01(\x04\x12\x11\n\tpredict_s\x18\x07 \x01(\x01*\x84\x01\n\x0cObservedKind\x12\x1d\n\x19OBSERVED_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12OBSERVED_KIND_NONE\x10\x01\x12\x1d\n\x19OBSERVED_KIND_LAYER_INPUT\x10\x02\x12\x1e\n\x1aOBSERVED_KIND_ROUTER_INPUT\x10\x03*V\n\tStepPhase\x12\x1a\n\x16STEP_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12STEP_PHASE_PREFILL\x10\x01\x12\x15\n\x11STEP_PHASE_DECODE\x10\x02\x32\xf3\x01\n\tPredictor\x12R\n\x07GetInfo\x12\".promoe.v1.PredictorGetInfoRequest\x1a#.promoe.v1.PredictorGetInfoResponse\x12\x44\n\x07Predict\x12\x19.promoe.v1.PredictRequest\x1a\x1a.promoe.v1.PredictResponse(\x01\x30\x01\x12L\n\x05Stats\x12 .promoe.v1.PredictorStatsRequest\x1a!.promoe.v1.PredictorStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'promoe.v1.predictor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OBSERVEDKIND']._serialized_start=1989
-  _globals['_OBSERVEDKIND']._serialized_end=2121
-  _globals['_STEPPHASE']._serialized_start=2123
-  _globals['_STEPPHASE']._serialized_end=2209
+  _globals['_OBSERVEDKIND']._serialized_start=2006
+  _globals['_OBSERVEDKIND']._serialized_end=2138
+  _globals['_STEPPHASE']._serialized_start=2140
+  _globals['_STEPPHASE']._serialized_end=2226
   _globals['_PREDICTORGETINFOREQUEST']._serialized_start=63
   _globals['_PREDICTORGETINFOREQUEST']._serialized_end=88
   _globals['_PREDICTORGETINFORESPONSE']._serialized_start=91
@@ -47,31 +47,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREDICTHELLO']._serialized_start=658
   _globals['_PREDICTHELLO']._serialized_end=768
   _globals['_STEPSTART']._serialized_start=770
-  _globals['_STEPSTART']._serialized_end=831
-  _globals['_STEPSPAN']._serialized_start=833
-  _globals['_STEPSPAN']._serialized_end=920
-  _globals['_REQUESTSENDED']._serialized_start=922
-  _globals['_REQUESTSENDED']._serialized_end=958
-  _globals['_OBSERVATION']._serialized_start=961
-  _globals['_OBSERVATION']._serialized_end=1115
-  _globals['_LAYERROUTING']._serialized_start=1117
-  _globals['_LAYERROUTING']._serialized_end=1164
-  _globals['_TENSOR']._serialized_start=1166
-  _globals['_TENSOR']._serialized_end=1236
-  _globals['_PREDICTRESPONSE']._serialized_start=1239
-  _globals['_PREDICTRESPONSE']._serialized_end=1384
-  _globals['_SESSIONEND']._serialized_start=1386
-  _globals['_SESSIONEND']._serialized_end=1435
-  _globals['_PREDICTWELCOME']._serialized_start=1437
-  _globals['_PREDICTWELCOME']._serialized_end=1557
-  _globals['_HINTS']._serialized_start=1559
-  _globals['_HINTS']._serialized_end=1598
-  _globals['_HINT']._serialized_start=1601
-  _globals['_HINT']._serialized_end=1755
-  _globals['_PREDICTORSTATSREQUEST']._serialized_start=1757
-  _globals['_PREDICTORSTATSREQUEST']._serialized_end=1780
-  _globals['_PREDICTORSTATSRESPONSE']._serialized_start=1783
-  _globals['_PREDICTORSTATSRESPONSE']._serialized_end=1986
-  _globals['_PREDICTOR']._serialized_start=2212
-  _globals['_PREDICTOR']._serialized_end=2455
+  _globals['_STEPSTART']._serialized_end=848
+  _globals['_STEPSPAN']._serialized_start=850
+  _globals['_STEPSPAN']._serialized_end=937
+  _globals['_REQUESTSENDED']._serialized_start=939
+  _globals['_REQUESTSENDED']._serialized_end=975
+  _globals['_OBSERVATION']._serialized_start=978
+  _globals['_OBSERVATION']._serialized_end=1132
+  _globals['_LAYERROUTING']._serialized_start=1134
+  _globals['_LAYERROUTING']._serialized_end=1181
+  _globals['_TENSOR']._serialized_start=1183
+  _globals['_TENSOR']._serialized_end=1253
+  _globals['_PREDICTRESPONSE']._serialized_start=1256
+  _globals['_PREDICTRESPONSE']._serialized_end=1401
+  _globals['_SESSIONEND']._serialized_start=1403
+  _globals['_SESSIONEND']._serialized_end=1452
+  _globals['_PREDICTWELCOME']._serialized_start=1454
+  _globals['_PREDICTWELCOME']._serialized_end=1574
+  _globals['_HINTS']._serialized_start=1576
+  _globals['_HINTS']._serialized_end=1615
+  _globals['_HINT']._serialized_start=1618
+  _globals['_HINT']._serialized_end=1772
+  _globals['_PREDICTORSTATSREQUEST']._serialized_start=1774
+  _globals['_PREDICTORSTATSREQUEST']._serialized_end=1797
+  _globals['_PREDICTORSTATSRESPONSE']._serialized_start=1800
+  _globals['_PREDICTORSTATSRESPONSE']._serialized_end=2003
+  _globals['_PREDICTOR']._serialized_start=2229
+  _globals['_PREDICTOR']._serialized_end=2472
 # @@protoc_insertion_point(module_scope)

@@ -233,8 +233,13 @@ class StepStart(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Counts up from the start of the session; steps are never repeated."""
+    version: _builtins.str
+    """The version whose wishes the step's observations follow: after a new welcome, the one before it for as long as the
+    node has not read the welcome. Empty: the node does not say, and follows a welcome from the next step on.
+    """
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepSpan]: ...
     def __init__(
@@ -242,10 +247,11 @@ class StepStart(_message.Message):
         *,
         step: _builtins.int = ...,
         spans: _abc.Iterable[Global___StepSpan] | None = ...,
+        version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["spans", b"spans", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spans", b"spans", "step", b"step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,62 @@
+"""What people and their programs ask of a predictor service's versions; a call each, with a deadline."""
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import grpc
+
+from promoe.predictor_versions import VersionChange, VersionInfo
+from promoe.rpc import CHANNEL_OPTIONS
+from promoe.transport import readable_error
+from promoe.typed_message import decode_message
+from promoe.v1 import predictor_admin_pb2 as pb
+from promoe.v1 import predictor_admin_pb2_grpc as pb_grpc
+
+_Response = TypeVar("_Response")
+
+DEADLINE_S: Final = 60.0
+"""A version is loaded and tried out before the call returns."""
+
+
+class PredictorAdmin:
+    """One service's versions (required: a service that does not answer is an error).
+
+    Args:
+        endpoint: of the predictor service.
+        deadline_s: of each call.
+    """
+
+    def __init__(self, endpoint: str, deadline_s: float = DEADLINE_S) -> None:
+        self.endpoint = endpoint
+        self._deadline_s = deadline_s
+
+    def versions(self) -> list[VersionInfo]:
+        """All that could be asked for, and what each is doing; raises PromoeError as every call."""
+        response = self._ask(lambda stub, timeout: stub.ListVersions(pb.ListVersionsRequest(), timeout=timeout))
+        return [decode_message(info, VersionInfo) for info in response.versions]
+
+    def activate(self, version: str, who: str, why: str, expected_active: str | None = None) -> VersionChange | None:
+        """See `Activate` in predictor_admin.proto; None when the version was active already."""
+        request = pb.ActivateRequest(version=version, who=who, why=why, expected_active=expected_active)
+        response = self._ask(lambda stub, timeout: stub.Activate(request, timeout=timeout))
+        return decode_message(response.change, VersionChange) if response.HasField("change") else None
+
+    def rollback(self, who: str, why: str, expected_active: str | None = None) -> VersionChange:
+        """See `Rollback` in predictor_admin.proto."""
+        request = pb.RollbackRequest(who=who, why=why, expected_active=expected_active)
+        return decode_message(
+            self._ask(lambda stub, timeout: stub.Rollback(request, timeout=timeout)).change, VersionChange
+        )
+
+    def history(self, limit: int = 0) -> list[VersionChange]:
+        """The newest changes, oldest first; 0: all."""
+        request = pb.GetHistoryRequest(limit=limit)
+        response = self._ask(lambda stub, timeout: stub.GetHistory(request, timeout=timeout))
+        return [decode_message(change, VersionChange) for change in response.changes]
+
+    def _ask(self, call: "Callable[[pb_grpc.PredictorAdminStub, float], _Response]") -> _Response:
+        with grpc.insecure_channel(self.endpoint, options=CHANNEL_OPTIONS) as channel:
+            try:
+                return call(pb_grpc.PredictorAdminStub(channel), self._deadline_s)
+            except grpc.RpcError as error:
+                raise readable_error(error, self.endpoint) from error
