@@ -151,9 +151,9 @@ class PredictStream(ABC):
     def cancel(self) -> None:
         """Vanishes."""
 
-    def begin_step(self, step: int, *spans: StepSpan) -> None:
-        """One request's decoded token, unless other spans are given."""
-        start = StepStart(step, spans or (StepSpan("r1", 1, is_prefill=False),))
+    def begin_step(self, step: int, *spans: StepSpan, version: str = "") -> None:
+        """One request's decoded token, unless other spans are given; sampled for a version, if one is named."""
+        start = StepStart(step, spans or (StepSpan("r1", 1, is_prefill=False),), version=version)
         self.send(pb.PredictRequest(step_start=encode_step_start(start)))
 
     def observe(self, observation: Observation) -> None:

@@ -41,7 +41,7 @@ class RecordingPredictor:
 
 
 def open_session(predictor: RecordingPredictor) -> Session:
-    return Session("node-1", SPEC, predictor, max_rows=2)
+    return Session("node-1", SPEC, lambda: predictor, max_rows=2)
 
 
 def test_events_reach_the_plugin_in_order_and_are_counted() -> None:

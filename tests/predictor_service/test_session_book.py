@@ -14,7 +14,8 @@ IDS_RK = np.array([[1, 2]], np.uint16)
 
 def make_book(max_sessions: int = 2) -> SessionBook[str]:
     limits = SessionLimits(max_rows=4, max_sessions=max_sessions, max_queued_events=2)
-    return SessionBook(SPEC, FrequencyPredictor(source_of(SPEC)), limits)
+    predictor = FrequencyPredictor(source_of(SPEC))
+    return SessionBook(SPEC, lambda: predictor, limits)
 
 
 def test_figures_are_summed_over_open_and_closed_sessions() -> None:

@@ -19,7 +19,7 @@ from promoe.predictor_versions import VersionChange, VersionInfo, VersionState
 
 PredictorOption: TypeAlias = Annotated[
     str | None,
-    typer.Option("--predictor-endpoint", help="Predictor service to talk to; default: the one running here."),
+    typer.Option("--predictor-endpoint", help="Predictor service; default: the one running here."),
 ]
 WhyOption: TypeAlias = Annotated[str, typer.Option("--why", help="Written into the history.")]
 ExpectOption: TypeAlias = Annotated[
