@@ -56,6 +56,16 @@ def test_a_predictor_is_started_where_the_node_looks_for_it() -> None:
     assert plan_with().predictor is not None
 
 
+def test_versions_are_looked_for_where_they_are_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMOE_HOME", "/homes/promoe")
+    plan = plan_with()
+    assert plan.predictor is not None
+    assert settings_of(plan.predictor.arguments).asked("predictor", "registry", str) == "/homes/promoe/predictors"
+    own = plan_with("predictor.registry=/mine")
+    assert own.predictor is not None
+    assert settings_of(own.predictor.arguments).asked("predictor", "registry", str) == "/mine"
+
+
 def test_no_predictor_is_started_for_none_or_beside_another_one() -> None:
     plan = plan_with("predictor.predictor=none")
     assert plan.predictor is None
