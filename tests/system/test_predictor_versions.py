@@ -3,7 +3,7 @@
 Every process is real. The oracle is the same answer before there was a predictor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory, module_socket_dir: Path) -> 
         yield running
 
 
+def wait_for_hints(hints: Callable[[], HintStats], answers: Sequence[BackgroundAnswer]) -> None:
+    """Until some more were taken, or nobody is served any more."""
+    before = hints().taken
+    wait_until(lambda: hints().taken > before or all(answer.is_done for answer in answers), 60)
+
+
 def test_changes_under_load_interrupt_nobody(stack: TinyStack, module_socket_dir: Path) -> None:
     with stack.client() as client:
         quiet = quiet_answer(client, num_tokens=NUM_TOKENS)
@@ -37,14 +43,11 @@ def test_changes_under_load_interrupt_nobody(stack: TinyStack, module_socket_dir
         with RunningPredictor(stack.pack_dir, module_socket_dir, registry) as predictor:
             wait_until(lambda: client.info().predictor.state is PredictorState.CONNECTED, 60)
             admin = PredictorAdmin(predictor.endpoint)
-            answers = [BackgroundAnswer(client, num_tokens=NUM_TOKENS).in_the_middle() for _ in range(NUM_STREAMS)]
+            answers = [BackgroundAnswer(client, num_tokens=NUM_TOKENS) for _ in range(NUM_STREAMS)]
             # gate_ahead reads hidden states, frequency and transition read none: what is sampled changes, too.
             for version in ("frequency", "transition", "gate_ahead", "frequency"):
                 admin.activate(version, "the test", "under load")
-                before = hints().taken
-                wait_until(
-                    lambda before=before: hints().taken > before or all(answer.is_done for answer in answers), 60
-                )
+                wait_for_hints(hints, answers)
                 admin.rollback("the test", "under load")
             assert [answer.tokens() for answer in answers] == [quiet] * NUM_STREAMS
             assert quiet_answer(client, num_tokens=NUM_TOKENS) == quiet

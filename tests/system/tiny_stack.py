@@ -96,6 +96,11 @@ class BackgroundAnswer:
         """The tokens that have come so far."""
         return list(self.stream.answer.token_ids)
 
+    @property
+    def is_done(self) -> bool:
+        """It has ended, one way or the other."""
+        return not self._thread.is_alive()
+
     def in_the_middle(self) -> Self:
         """Returns when its third token is there."""
         wait_until(lambda: len(self.token_ids) >= 3 or not self._thread.is_alive())
