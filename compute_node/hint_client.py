@@ -30,6 +30,7 @@ from compute_node.conversation_client import Conversation, encode_event, hello_m
 from compute_node.hint_inbox import HintInbox
 from compute_node.hint_session import MAX_ROWS, HintSession, HintTraffic
 from compute_node.layer_sample import LayerSample, WantedSamples
+from compute_node.miss_watch import MissLevel
 from compute_node.outgoing import OutgoingQueue
 from compute_node.packet_carrier import PacketCarrier
 from promoe.errors import DeadlineExceeded, ModelMismatch, PromoeError, Unavailable
@@ -92,7 +93,8 @@ class HintClient:
         spec: the served model.
         inbox: takes the hints that passed the checks.
         patience: how long it waits, and for what.
-        misses_many: whether every layer is worth observing, also where a version is content with fewer.
+        misses: how much there is to save: while many experts are missed every layer is shown, also to a version that
+            is content with fewer; while hardly any is, nothing.
     """
 
     def __init__(
@@ -101,13 +103,13 @@ class HintClient:
         spec: ModelSpec,
         inbox: HintInbox,
         patience: Patience | None = None,
-        misses_many: Callable[[], bool] = lambda: False,
+        misses: Callable[[], MissLevel] = lambda: MissLevel.FEW,
     ) -> None:
         self.endpoint = endpoint
         self._spec = spec
         self._inbox = inbox
         self._patience = patience or Patience()
-        self._misses_many = misses_many
+        self._misses = misses
         self._retry_s = self._patience.first_retry_s
         self._peer = f"The predictor at {endpoint}"
         # An observation fits a packet, with room for its routing.
@@ -169,15 +171,19 @@ class HintClient:
         active = None if session is None else session.active
         if session is None or active is None:
             return None
+        if start.ended_request_ids:
+            session.outgoing.send(RequestsEnded(start.ended_request_ids))
+        misses = self._misses()
+        if misses is MissLevel.HARDLY_ANY:
+            self._sampling = None
+            return None
         wanted = WantedSamples(
             max_rows=session.max_rows,
             layer_input=active.observed is ObservedKind.LAYER_INPUT,
             router_input=active.observed is ObservedKind.ROUTER_INPUT,
             routing=active.wants_routing,
-            every=1 if self._misses_many() else active.observe_every,
+            every=1 if misses is MissLevel.MANY else active.observe_every,
         )
-        if start.ended_request_ids:
-            session.outgoing.send(RequestsEnded(start.ended_request_ids))
         session.outgoing.send(replace(start, version=active.version))
         return wanted
 

@@ -56,7 +56,7 @@ class StepWatch:
         if predictor_endpoint and expert_cache.policy.hints is HintUse.IGNORE:
             logger.info("The predictor is not asked: policy %s ignores hints.", expert_cache.policy.name)
         elif predictor_endpoint:
-            self.client = HintClient(predictor_endpoint, spec, inbox, misses_many=lambda: self._misses.misses_many)
+            self.client = HintClient(predictor_endpoint, spec, inbox, misses=lambda: self._misses.level)
         samplers = (self.traces,) if self.client is None else (self.client, self.traces)
         self.observer = LayerObserver(spec.num_moe_layers, device, samplers)
 

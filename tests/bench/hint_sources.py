@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 from compute_node.hint_client import HintClient, PredictorState
 from compute_node.hint_inbox import HintInbox, ReceivedHint
 from compute_node.layer_sample import LayerSample, LayerSampler, WantedSamples
-from compute_node.miss_watch import MissWatch
+from compute_node.miss_watch import MissLevel, MissWatch
 from compute_node.outgoing import QUEUE_CAPACITY
 from predictor_service.config import PredictorConfig
 from predictor_service.predictor import Predictor
@@ -28,7 +28,7 @@ def served_by(endpoint: str) -> HintSource:
 
     @contextmanager
     def open_client(spec: ModelSpec, inbox: HintInbox, misses: MissWatch) -> Iterator[HintClient]:
-        client = HintClient(endpoint, spec, inbox, misses_many=lambda: misses.misses_many)
+        client = HintClient(endpoint, spec, inbox, misses=lambda: misses.level)
         client.start()
         try:
             wait_until(lambda: client.state is PredictorState.CONNECTED, CONNECT_DEADLINE_S)
@@ -80,8 +80,11 @@ class InProcessHints:
         self._events.put(None)
         self._thread.join()
 
-    def begin_step(self, start: StepStart) -> WantedSamples:
+    def begin_step(self, start: StepStart) -> WantedSamples | None:
         """See LayerSampler."""
+        level = self._misses.level
+        if level is MissLevel.HARDLY_ANY:
+            return None
         self._put(start)
         observed = self._version.observed
         return WantedSamples(
@@ -89,7 +92,7 @@ class InProcessHints:
             layer_input=observed is ObservedKind.LAYER_INPUT,
             router_input=observed is ObservedKind.ROUTER_INPUT,
             routing=self._version.wants_routing,
-            every=1 if self._misses.misses_many else self._version.observe_every,
+            every=1 if level is MissLevel.MANY else self._version.observe_every,
         )
 
     def take(self, sample: LayerSample) -> None:

@@ -1,8 +1,9 @@
 """Misses of decoding are averaged over the last steps; prompts, which miss nearly everything, do not count."""
 
 import numpy as np
+import pytest
 
-from compute_node.miss_watch import MANY_MISSES, MEMORY, MissWatch
+from compute_node.miss_watch import MANY_MISSES, MEMORY, MissLevel, MissWatch
 from promoe.hint import StepSpan
 from promoe.trace_events import LayerEvent, StepEvent
 
@@ -15,38 +16,45 @@ def layer(num_hits: int, num_misses: int) -> LayerEvent:
     return LayerEvent(0.0, 0.0, 1, 0, ids, needed[:num_hits], needed[num_hits:], (), 0.0)
 
 
-def step(is_prefill: bool) -> StepEvent:
-    return StepEvent(0.0, 1, (StepSpan("a", 1, False), StepSpan("b", 5, is_prefill)))
+def watch_of(is_prefill: bool) -> MissWatch:
+    watch = MissWatch()
+    watch(StepEvent(0.0, 1, (StepSpan("a", 1, False), StepSpan("b", 5, is_prefill))))
+    return watch
 
 
 def test_it_follows_what_decoding_misses() -> None:
-    watch = MissWatch()
-    assert not watch.misses_many
-    watch(step(is_prefill=False))
-    for num_misses, expected in ((3, True), (0, False), (8, True)):
+    watch = watch_of(is_prefill=False)
+    for num_hits, num_misses, expected in (
+        (5, 3, MissLevel.MANY),
+        (8, 0, MissLevel.HARDLY_ANY),
+        (95, 5, MissLevel.FEW),
+        (0, 8, MissLevel.MANY),
+    ):
         for _ in range(SEVERAL_STEPS):
-            watch(layer(8 - num_misses, num_misses))
-        assert watch.misses_many is expected
+            watch(layer(num_hits, num_misses))
+        assert watch.level is expected
 
 
-def test_a_few_layers_do_not_change_it() -> None:
-    watch = MissWatch()
-    watch(step(is_prefill=False))
+def test_many_are_expected_until_some_steps_have_shown_otherwise() -> None:
+    watch = watch_of(is_prefill=False)
+    assert watch.level is MissLevel.MANY
+    for _ in range(round(1 / MEMORY)):
+        watch(layer(8, 0))
+    assert watch.level is MissLevel.MANY
+
+
+def test_a_few_layers_change_no_level_by_two() -> None:
+    watch = watch_of(is_prefill=False)
+    for _ in range(SEVERAL_STEPS):
+        watch(layer(8, 0))
     for _ in range(int(MANY_MISSES / MEMORY) - 1):
         watch(layer(0, 8))
-    assert not watch.misses_many
+    assert watch.level is MissLevel.FEW
 
 
-def test_prompts_do_not_count() -> None:
-    watch = MissWatch()
-    watch(step(is_prefill=True))
+@pytest.mark.parametrize(("is_prefill", "num_needed"), [(True, 8), (False, 0)])
+def test_prompts_and_layers_that_need_nothing_do_not_count(is_prefill: bool, num_needed: int) -> None:
+    watch = watch_of(is_prefill)
     for _ in range(SEVERAL_STEPS):
-        watch(layer(0, 8))
-    assert not watch.misses_many
-
-
-def test_a_layer_that_needs_nothing_is_no_miss() -> None:
-    watch = MissWatch()
-    watch(step(is_prefill=False))
-    watch(layer(0, 0))
-    assert not watch.misses_many
+        watch(layer(num_needed, 0))
+    assert watch.level is MissLevel.MANY

@@ -13,6 +13,7 @@ from compute_node.device.cpu import CpuDevice
 from compute_node.hint_client import HintClient, Patience, PredictorState
 from compute_node.hint_inbox import HintInbox, ReceivedHint
 from compute_node.layer_observer import LayerObserver
+from compute_node.miss_watch import MissLevel
 from promoe.hint import StepSpan, StepStart
 from promoe.model_spec import Dtype, ExpertLayout, ModelSpec
 from tests.running_store import wait_until
@@ -40,7 +41,8 @@ class Node:
 
     def __init__(self, endpoint: str, patience: Patience = PATIENCE) -> None:
         self.inbox = HintInbox(100_000)
-        self.client = HintClient(endpoint, SPEC, self.inbox, patience)
+        self.misses = MissLevel.FEW
+        self.client = HintClient(endpoint, SPEC, self.inbox, patience, lambda: self.misses)
         self.observer = LayerObserver(NUM_LAYERS, CpuDevice(), [self.client])
         self.step = 0
         self.engine_s = 0.0

@@ -14,6 +14,7 @@ import pytest
 
 from compute_node.hint_client import PredictorState
 from compute_node.hint_session import HintTraffic
+from compute_node.miss_watch import MissLevel
 from compute_node.outgoing import QUEUE_CAPACITY
 from promoe.hint import ObservedKind, PredictorVersion, StepSpan, StepStart
 from promoe.hint_wire import decode_observation, decode_step_start
@@ -63,7 +64,9 @@ def test_observations_go_out_and_hints_come_in(endpoint: str, serve: Serve) -> N
         expected = ["hello", "step_start", *["observation"] * 5, "requests_ended", "step_start", *["observation"] * 5]
         assert names == expected
         assert requests[0].hello.model.fingerprint == SPEC.fingerprint
-        assert decode_step_start(requests[1].step_start) == StepStart(1, (StepSpan("r", 3, True),))
+        assert decode_step_start(requests[1].step_start) == StepStart(
+            1, (StepSpan("r", 3, True),), version=VERSION.version
+        )
         for layer, request in enumerate(requests[2:7]):
             seen = decode_observation(request.observation)
             assert (seen.step, seen.layer, seen.rows, seen.num_tokens) == (1, layer, (0, 1, 2), 3)
@@ -117,6 +120,40 @@ def test_a_version_sees_what_it_asks_for(
         seen = service.observations()
         assert [(o.layer, [routing.layer for routing in o.routings]) for o in seen] == 2 * layers
         assert all(o.HasField("hidden") == (kind is not ObservedKind.NONE) for o in seen)
+
+
+def test_more_is_shown_while_many_experts_are_missed_and_nothing_while_none_is(endpoint: str, serve: Serve) -> None:
+    def asks(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        next(requests)
+        yield welcome(PredictorVersion("a@1", "a", ObservedKind.ROUTER_INPUT, (1,), True, True, observe_every=2))
+        yield from (b"" for _ in requests if False)
+
+    expected: list[tuple[int, int, list[int]]] = []
+    with serve(spec=SPEC, script=asks) as service, node_at(endpoint) as node:
+        node.wait_for_state(PredictorState.CONNECTED)
+        for node.misses in (MissLevel.FEW, MissLevel.HARDLY_ANY, MissLevel.MANY, MissLevel.FEW):
+            node.run_step(ended=(f"r{node.step}",))
+            if node.misses is MissLevel.MANY:
+                expected += [(node.step, layer, [layer]) for layer in range(4)]
+            elif node.misses is MissLevel.FEW:
+                expected += [(node.step, 0, [0]), (node.step, 2, [1, 2]), (node.step, 3, [3])]
+        seen: list[tuple[int, int, list[int]]] = []
+        ended: list[str] = []
+
+        def all_came() -> bool:
+            while not service.requests.empty():
+                request = service.requests.get()
+                ended.extend(request.requests_ended.request_ids)
+                if request.HasField("step_start"):
+                    assert request.step_start.version == "a@1"
+                if request.HasField("observation"):
+                    routed = [routing.layer for routing in request.observation.routings]
+                    seen.append((request.observation.step, request.observation.layer, routed))
+            return len(seen) == len(expected)
+
+        wait_until(all_came)
+        assert seen == expected
+        assert ended == ["r0", "r1", "r2", "r3"], "who has left is told, whatever is shown"
 
 
 def test_a_new_version_takes_over_between_two_steps(

@@ -114,7 +114,7 @@ def test_what_cannot_be_done_is_a_sentence(tmp_path: Path, arguments: tuple[str,
 
 
 def test_a_running_service_is_asked_and_told(socket_dir: Path) -> None:
-    write_synthetic_pack(socket_dir / "pack", layers=3)
+    write_synthetic_pack(socket_dir / "pack", layers=5)
     (socket_dir / "run").mkdir()
     registry = f"predictor.registry={socket_dir / 'predictors'}"
     with RunningPredictor(socket_dir / "pack", socket_dir / "run", registry) as service:
