@@ -4,7 +4,8 @@ import getpass
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from types import MappingProxyType
+from typing import Annotated, Final, TypeAlias
 
 import typer
 from rich.table import Table
@@ -26,11 +27,9 @@ ExpectOption: TypeAlias = Annotated[
     str | None, typer.Option("--if-active", help="Only if this version is active now.", metavar="NAME@VERSION")
 ]
 
-_COLOURS = {
-    VersionState.ACTIVE: "green",
-    VersionState.PREVIOUS: "cyan",
-    VersionState.UNUSABLE: "red",
-}
+_COLOURS: Final = MappingProxyType(
+    {VersionState.ACTIVE: "green", VersionState.PREVIOUS: "cyan", VersionState.UNUSABLE: "red"}
+)
 
 
 @dataclass(frozen=True)
