@@ -30,6 +30,7 @@ async def serve(config: ComputeConfig) -> None:
         PromoeError: what keeps the node from serving.
         SettingUnfit: a setting that does not fit the model.
     """
+    logger.info("The placement's code runs %s.", execution().value)
     # Until the event loop is free to listen, a signal ends the process at once: nothing was accepted yet.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
@@ -81,7 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"compute_node: {error}\n")
         return 2
     try:
-        logger.info("The placement's code runs %s.", execution().value)
         asyncio.run(serve(config))
     except SettingUnfit as error:  # any other ValueError is a bug, and its traceback is wanted
         sys.stderr.write(f"compute_node: {error}\n")

@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from time import perf_counter
@@ -240,7 +240,7 @@ def _hints_report(effort: Effort) -> dict[str, object]:
 
 
 def _settings_of(policy: SchedulePolicy, blob_nbytes: int) -> dict[str, object]:
-    said = {name: value.value if isinstance(value, Enum) else value for name, value in vars(policy).items()}
+    said = {name: value.value if isinstance(value, Enum) else value for name, value in asdict(policy).items()}
     return said | {"chunk_nbytes": policy.chunk_settings(blob_nbytes).chunk_nbytes}
 
 

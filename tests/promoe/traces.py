@@ -1,7 +1,7 @@
 """Traces for tests: any event (hypothesis), and runs made up from a seed, whose routing repeats itself as text does."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -82,7 +82,7 @@ def _comparable(value: object) -> object:
     if isinstance(value, np.ndarray):
         return (value.dtype.str, value.shape, value.tobytes())
     if isinstance(value, HintEvent | LayerEvent | Hint):
-        return (type(value), {name: _comparable(item) for name, item in vars(value).items()})
+        return (type(value), {field.name: _comparable(getattr(value, field.name)) for field in fields(value)})
     return value
 
 
