@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from predictor_service.artifact import SUFFIX, ArtifactManifest, read_artifact, read_manifest
-from promoe.errors import AlreadyRunning, InvalidInput, ModelNotFound, PromoeError, ResourceExhausted
+from promoe.errors import InvalidInput, ModelNotFound, PromoeError, ResourceExhausted
 from promoe.model_spec import ModelSpec
 
 _WORD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -170,6 +170,8 @@ class Registry:
         fd, path = tempfile.mkstemp(_PARTIAL_SUFFIX, f".{stem}.", self.folder)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
+            # A service of the same group may be another user's, as in a container.
+            os.fchmod(fd, 0o640)
             yield Path(path)
         finally:
             Path(path).unlink(missing_ok=True)
@@ -185,24 +187,6 @@ class Registry:
                     f"{target.name.removesuffix(SUFFIX)} is published already, with other contents, and versions never "
                     "change: give it another version."
                 ) from error
-
-
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Holds a lock file for this process.
-
-    Raises:
-        AlreadyRunning: another one holds it.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o660)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise AlreadyRunning(f"Another process holds {path}.") from error
-        yield
-    finally:
-        os.close(fd)
 
 
 def _entry_of(path: Path) -> RegistryEntry:

@@ -52,13 +52,15 @@ class VersionLog:
         self._kept: list[VersionChange] = []
 
     def changes(self) -> list[VersionChange]:
-        """All of them, oldest first, those of other services too."""
+        """All of them, oldest first, those of other services too; raises ResourceExhausted when it cannot be read."""
         if self._path is None:
             return list(self._kept)
         try:
             text = self._path.read_bytes()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise ResourceExhausted(f"The versions' history {self._path} cannot be read ({error.strerror}).") from error
         whole = text[: text.rfind(b"\n") + 1]
         return [change for line in whole.splitlines() if (change := _decode(line)) is not None]
 

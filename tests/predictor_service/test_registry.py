@@ -48,6 +48,7 @@ def test_what_is_published_is_found_and_whole(registry: Registry, tmp_path: Path
     assert (str(entry.name), entry.fault) == ("a@1", "")
     assert registry.path_of(VersionName("a", "1")) == entry.path
     assert read_artifact(entry.path).manifest == MANIFEST
+    assert entry.path.stat().st_mode & 0o777 == 0o640, "a service of the group reads it"
     assert files_in(registry) == ["a@1.safetensors"]
 
 

@@ -122,6 +122,12 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         add(VersionLog(tmp_path / "file" / "h", "s1"), "a@1")
 
 
+def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "h").mkdir()
+    with pytest.raises(ResourceExhausted, match="cannot be read"):
+        VersionLog(tmp_path / "h", "s1").last_active()
+
+
 def test_numbers_say_the_order_when_the_clock_jumps(tmp_path: Path) -> None:
     log = VersionLog(tmp_path / "h", "s1", clock(iter([2e9, 1e9, 3e9, 0.0])))
     for number in range(4):
