@@ -167,14 +167,22 @@ class Registry:
     @contextmanager
     def _partial(self, stem: str) -> Iterator[Path]:
         """A file that nobody takes for a version, locked while this block lasts and gone after it."""
-        fd, path = tempfile.mkstemp(_PARTIAL_SUFFIX, f".{stem}.", self.folder)
+        fd, path = self._locked_partial(stem)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
             # A service of the same group may be another user's, as in a container.
             os.fchmod(fd, 0o640)
-            yield Path(path)
+            yield path
         finally:
-            Path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            os.close(fd)
+
+    def _locked_partial(self, stem: str) -> tuple[int, Path]:
+        while True:
+            fd, path = tempfile.mkstemp(_PARTIAL_SUFFIX, f".{stem}.", self.folder)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            # Before it was locked, somebody who sweeps may have taken it for what a killed publisher left.
+            if os.fstat(fd).st_nlink:
+                return fd, Path(path)
             os.close(fd)
 
     def _link(self, partial: Path, target: Path, content: bytes) -> None:
