@@ -125,8 +125,9 @@ def _welcome(session: HintSession, message: pb.PredictWelcome) -> None:
     """Raises InvalidInput for a welcome that cannot be understood."""
     try:
         active = decode_version(message.active)
+        canary = decode_version(message.canary) if message.HasField("canary") else None
     except ValueError as error:
         raise InvalidInput(f"The predictor's welcome cannot be understood: {error}.") from error
     if message.max_rows == 0:
         raise InvalidInput("The predictor's welcome wants no rows at all.")
-    session.welcome(active, message.max_rows)
+    session.welcome(active, message.max_rows, canary)

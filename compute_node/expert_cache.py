@@ -261,13 +261,15 @@ class ExpertCache:
         self.counters = [LayerCounters() for _ in self.counters]
         self._table.evictions.clear()
 
-    # ------------------------------------------------------------------ reports, and the store's thread
-
     def occupancy(self, layer: int) -> LayerOccupancy:
         """What the layer's experts are doing now."""
         with self._lock:
             states = [slot.state for slot in self._table.held(layer)]
         return LayerOccupancy(states.count(SlotState.READY), states.count(SlotState.LOADING))
+
+    def ready_experts(self, layer: int) -> tuple[int, ...]:
+        """READY now; asked on the engine thread."""
+        return self._table.ready(layer)
 
     def resident_states(self) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
         """By layer and expert: bit 0 resident, bit 1 loading, bit 2 hinted for the layer's next visit."""
@@ -378,23 +380,20 @@ class ExpertCache:
         """The share of tokens that were routed to each expert; None for a single token."""
         if topk_ids_TK.shape[0] == 1:
             return None
-        counts_E = np.bincount(topk_ids_TK.ravel(), minlength=self.geometry.num_experts)
-        shares_E: FloatArray = counts_E / topk_ids_TK.shape[0]
+        shares_E: FloatArray = np.bincount(topk_ids_TK.ravel(), minlength=self.geometry.num_experts) / len(topk_ids_TK)
         return shares_E
 
 
-def _layer_event(
-    acquisition: Acquisition, step: int, topk_ids_TK: IdArray, routed_s: float, released_s: float
-) -> LayerEvent:
+def _layer_event(acquired: Acquisition, step: int, topk_ids_TK: IdArray, routed_s: float, end_s: float) -> LayerEvent:
     return LayerEvent(
         at_s=routed_s,
-        end_s=released_s,
+        end_s=end_s,
         step=step,
-        layer=acquisition.layer,
+        layer=acquired.layer,
         topk_ids_TK=topk_ids_TK,
-        hits=acquisition.hits,
-        misses=acquisition.misses,
-        late=acquisition.late,
-        stall_s=acquisition.stall_s,
-        ready=acquisition.ready,
+        hits=acquired.hits,
+        misses=acquired.misses,
+        late=acquired.late,
+        stall_s=acquired.stall_s,
+        ready=acquired.ready,
     )

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from promoe.hint import Hint
 from promoe.trace_events import HintFate
 
@@ -33,8 +35,36 @@ class _Filed:
     scores: list[float]
 
 
+def _share_a_step(one: Hint, other: Hint) -> bool:
+    """Made of the same observation by two versions: each for its own requests of the step."""
+    same_observation = one.observed_step == other.observed_step and one.observed_layer == other.observed_layer
+    return one.step == other.step and same_observation and one.version != other.version
+
+
+def _union(filed: _Filed, hint: Hint) -> Hint:
+    """What either's requests will need. Scores are joined as independent probabilities, others by the larger one."""
+    score_of = dict(zip(filed.experts, filed.scores, strict=True))
+    others: list[float] = hint.scores.tolist()
+    for expert, score in zip(hint.experts.tolist(), others, strict=True):
+        before = score_of.get(expert, 0.0)
+        are_probabilities = 0.0 <= before <= 1.0 and 0.0 <= score <= 1.0
+        score_of[expert] = before + score - before * score if are_probabilities else max(before, score)
+    experts = sorted(score_of, key=lambda expert: -score_of[expert])
+    return Hint(
+        step=hint.step,
+        layer=hint.layer,
+        observed_step=hint.observed_step,
+        observed_layer=hint.observed_layer,
+        experts=np.array(experts, np.uint16),
+        scores=np.array([score_of[expert] for expert in experts], np.float32),
+        num_expected=min(filed.hint.num_expected + hint.num_expected, len(experts)),
+        version=hint.version,
+    )
+
+
 class HintBook:
-    """Files hints by layer; a newer one for the same visit replaces the older, which was made from further away.
+    """Files hints by layer; a newer one for the same visit replaces the older, which was made from further away. Two of
+    the same observation are of an active version and its canary, each for its own requests, and are joined.
 
     Attributes:
         step: the running step; 0 before the first.
@@ -63,6 +93,9 @@ class HintBook:
         if hint.step > self.step + 1 or (hint.step > self.step and hint.layer > self.layer):
             # Not for the layer's next visit, but for one after it.
             return HintFate.INVALID
+        filed = self._filed[hint.layer]
+        if filed is not None and _share_a_step(filed.hint, hint):
+            hint = _union(filed, hint)
         self._filed[hint.layer] = _Filed(hint, hint.experts.tolist(), hint.scores.tolist())
         return HintFate.TAKEN
 

@@ -183,6 +183,7 @@ class HintClient:
             router_input=active.observed is ObservedKind.ROUTER_INPUT,
             routing=active.wants_routing,
             every=1 if misses is MissLevel.MANY else active.observe_every,
+            ready=active.wants_ready,
         )
         session.outgoing.send(replace(start, version=active.version))
         return wanted

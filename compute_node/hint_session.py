@@ -52,6 +52,7 @@ class HintSession:
 
     Attributes:
         active: the version that is asked now; None before the welcome.
+        canary: the version that is asked for some requests; None where there is none.
         announced: the versions whose hints are taken, by name.
         max_rows: that the service wants to see.
     """
@@ -59,6 +60,7 @@ class HintSession:
     def __init__(self, num_layers: int, outgoing: Outgoing) -> None:
         self.outgoing = outgoing
         self.active: PredictorVersion | None = None
+        self.canary: PredictorVersion | None = None
         self.announced: dict[str, PredictorVersion] = {}
         self.max_rows = MAX_ROWS
         self._stride = num_layers + 1
@@ -90,13 +92,16 @@ class HintSession:
 
     # ---- whoever reads the service's messages
 
-    def welcome(self, active: PredictorVersion, max_rows: int) -> None:
-        """Takes the version that is announced; hints of the one before it may still be under way."""
-        before = self.active
-        self.announced = {kept.version: kept for kept in (before, active) if kept is not None}
+    def welcome(self, active: PredictorVersion, max_rows: int, canary: PredictorVersion | None = None) -> None:
+        """Takes the versions that are announced; hints of those before them may still be under way."""
+        before, canary_before = self.active, self.canary
+        kept = (before, canary_before, active, canary)
+        self.announced = {version.version: version for version in kept if version is not None}
         self.max_rows = min(max_rows, MAX_ROWS)
-        self.active = active
-        if before is not None:
+        self.active, self.canary = active, canary
+        if canary is not None and (canary_before is None or canary_before.version != canary.version):
+            logger.info("%s makes the hints of some requests.", canary.version)
+        if before is not None and before.version != active.version:
             logger.info("The predictor's version is %s now; it was %s.", active.version, before.version)
 
     def charge(self, num_said: int) -> None:

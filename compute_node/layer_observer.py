@@ -4,7 +4,7 @@ Never waits: hidden states are on their way to the host when they are handed ove
 Shapes: T tokens, D hidden, K experts per token, R sampled rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,11 +51,19 @@ class LayerObserver:
         num_layers: MoE layers.
         device: copies to the host.
         samplers: asked at every step what they want of it.
+        ready: the experts of a MoE layer that are READY now; None where nobody can say.
     """
 
-    def __init__(self, num_layers: int, device: Device, samplers: Sequence[LayerSampler]) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        device: Device,
+        samplers: Sequence[LayerSampler],
+        ready: Callable[[int], tuple[int, ...]] | None = None,
+    ) -> None:
         self._num_layers = num_layers
         self._device = device
+        self._ready = ready
         self._samplers = tuple(samplers)
         self._start = StepStart(0, ())
         self._num_tokens = 0
@@ -92,7 +100,8 @@ class LayerObserver:
                 rows = watch.rows
                 seen_RK = topk_ids_TK[: self._num_tokens] if rows.index_R is None else topk_ids_TK[rows.host_R]
                 ids_RK = seen_RK.astype(np.uint16)
-                watch.routings.append(LayerRouting(layer, ids_RK))
+                ready = self._ready(layer) if wanted.ready and self._ready is not None else None
+                watch.routings.append(LayerRouting(layer, ids_RK, ready))
             if not is_observed(layer, self._num_layers, wanted.every):
                 continue
             if wanted.router_input:

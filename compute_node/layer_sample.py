@@ -21,6 +21,7 @@ class WantedSamples:
         router_input: what the experts function gets as hidden states.
         routing: the rows' routed experts.
         every: see `is_observed`; the routings of layers in between come with the next sample.
+        ready: with each routing, which of the layer's experts were READY then.
     """
 
     max_rows: int
@@ -28,6 +29,7 @@ class WantedSamples:
     router_input: bool
     routing: bool
     every: int = 1
+    ready: bool = False
 
 
 @dataclass(frozen=True, eq=False)

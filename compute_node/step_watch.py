@@ -58,7 +58,7 @@ class StepWatch:
         elif predictor_endpoint:
             self.client = HintClient(predictor_endpoint, spec, inbox, misses=lambda: self._misses.level)
         samplers = (self.traces,) if self.client is None else (self.client, self.traces)
-        self.observer = LayerObserver(spec.num_moe_layers, device, samplers)
+        self.observer = LayerObserver(spec.num_moe_layers, device, samplers, expert_cache.ready_experts)
 
     def attach(self, loaded: LoadedModel, layer_modules: Sequence[str], recorder: StepRecorder) -> None:
         """Hears of steps, layers and loads from now on.

@@ -14,16 +14,19 @@ from typing import Final
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
 
 from predictor_service.admin.in_use import history_path
-from predictor_service.admin.service import ADMIN_SERVICE_NAME, PredictorAdminService
+from predictor_service.admin.service import ADMIN_SERVICE_NAME, MOST_WATCHERS, PredictorAdminService
 from predictor_service.catalogue import Catalogue
 from predictor_service.choice import choose_predictor
 from predictor_service.config import AUTO, PredictorConfig
+from predictor_service.feed import Feed
 from predictor_service.metrics import metrics_page
 from predictor_service.packet_server import PacketServer
 from predictor_service.predictor import PredictorSource
 from predictor_service.registry import Registry
 from predictor_service.service import SERVICE_NAME, PredictorService
 from predictor_service.session_book import SessionLimits
+from predictor_service.shadow.process import ShadowSource
+from predictor_service.stage import Stage
 from predictor_service.version_log import VersionLog
 from predictor_service.versions import Versions
 from promoe.config import LogConfig, Settings, SettingUnfit
@@ -50,11 +53,13 @@ def serve(config: PredictorConfig) -> None:
     catalogue = Catalogue(spec, config.pack, Registry(config.registry) if config.registry else None)
     versions = _begin_versions(config, source, catalogue)
     limits = SessionLimits(config.max_rows, config.max_sessions, config.max_queued_events)
-    service = PredictorService(spec, lambda: versions.active, limits)
+    feed = Feed()
+    service = PredictorService(spec, lambda: versions.lineup, limits, feed)
+    stage = Stage(versions, feed, ShadowSource(config.pack, config.registry), service.costs)
     with metrics_page(service.stats, config.metrics_listen):
-        server = ThreadedRpcServer((SERVICE_NAME, ADMIN_SERVICE_NAME), config.max_sessions)
+        server = ThreadedRpcServer((SERVICE_NAME, ADMIN_SERVICE_NAME), config.max_sessions + MOST_WATCHERS)
         service.register(server.server)
-        PredictorAdminService(versions, catalogue).register(server.server)
+        PredictorAdminService(stage, catalogue).register(server.server)
         endpoint = _listen(server, config.listen)
         packets = _open_packets(service, endpoint, config.max_sessions)
         server.start()
@@ -63,6 +68,7 @@ def serve(config: PredictorConfig) -> None:
         logger.info("Predicting %s with %s at %s.", spec.name, versions.active.version.version, endpoint)
         signal.sigwait(_STOP_SIGNALS)
         service.end_streams(Unavailable("The predictor service is shutting down."))
+        stage.close()
         if packets is not None:
             packets.close()
         server.stop(config.drain_deadline_s)

@@ -7,7 +7,7 @@ A gRPC stream has two threads, a packet connection has one, which reads everythi
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Final
 from uuid import uuid4
@@ -16,8 +16,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from predictor_service.dropping_queue import DroppingQueue
-from predictor_service.predictor import Predictor
-from predictor_service.session import Session
+from predictor_service.feed import Feed
+from predictor_service.lineup import Lineup
+from predictor_service.session import Session, VersionCost
 from predictor_service.session_book import OpenSession, PredictorStats, SessionBook, SessionLimits
 from promoe.errors import DeadlineExceeded, InvalidInput, ModelMismatch, Unavailable, code_of
 from promoe.hint_wire import (
@@ -49,16 +50,18 @@ class PredictorService(pb_grpc.PredictorServicer):
 
     Args:
         spec: the model whose experts are predicted.
-        active: what makes the hints of steps that begin now.
+        lineup: who makes the hints of steps that begin now.
         limits: what one session and all together may use.
+        feed: takes what was said, after it was answered.
 
     Attributes:
         has_packets: `converse` is served, too.
     """
 
-    def __init__(self, spec: ModelSpec, active: Callable[[], Predictor], limits: SessionLimits) -> None:
+    def __init__(self, spec: ModelSpec, lineup: Callable[[], Lineup], limits: SessionLimits, feed: Feed) -> None:
         self.has_packets = False
-        self._sessions = SessionBook[pb.PredictRequest](spec, active, limits)
+        self._feed = feed
+        self._sessions = SessionBook[pb.PredictRequest](spec, lineup, limits)
         self._info = model_pb2.ServiceInfo(
             version=version("promoe"), schema_version=SCHEMA_VERSION, instance_id=uuid4().hex
         )
@@ -71,6 +74,10 @@ class PredictorService(pb_grpc.PredictorServicer):
         """Ends every node's stream with what ends the service."""
         self._sessions.end_all(error)
 
+    def costs(self) -> dict[str, VersionCost]:
+        """Of the versions that made hints."""
+        return self._sessions.costs()
+
     def stats(self) -> PredictorStats:
         """Figures of all sessions."""
         return self._sessions.stats()
@@ -82,7 +89,7 @@ class PredictorService(pb_grpc.PredictorServicer):
         return pb.PredictorGetInfoResponse(
             service=self._info,
             model=encode_spec(self._sessions.spec),
-            active=encode_version(self._sessions.active().version),
+            active=encode_version(self._sessions.lineup().active.version),
             packets=self.has_packets,
         )
 
@@ -114,6 +121,7 @@ class PredictorService(pb_grpc.PredictorServicer):
                 response = self._handle(entry.session, event)
                 if response is not None:
                     yield response
+                self._tell(entry.number, event, response)
 
     def converse(self, channel: PacketChannel) -> None:
         """The same session, a message per packet; its end is a message, too."""
@@ -134,16 +142,33 @@ class PredictorService(pb_grpc.PredictorServicer):
                 response = self._handle(entry.session, event)
                 if response is not None:
                     _send(channel, response)
+                self._tell(entry.number, event, response)
 
-    def _opened(self, first: pb.PredictRequest | None) -> AbstractContextManager[OpenSession[pb.PredictRequest]]:
+    @contextmanager
+    def _opened(self, first: pb.PredictRequest | None) -> Iterator[OpenSession[pb.PredictRequest]]:
         hello = self._check_hello(first)
         max_rows = min(hello.max_rows, self._sessions.limits.max_rows)
-        return self._sessions.opened(hello.service.instance_id, max_rows)
+        with self._sessions.opened(hello.service.instance_id, max_rows) as entry:
+            try:
+                yield entry
+            finally:
+                self._feed.end(entry.number)
 
     def _welcome(self, session: Session) -> pb.PredictResponse:
-        active = encode_version(session.announced)
-        welcome = pb.PredictWelcome(service=self._info, active=active, max_rows=session.max_rows)
+        canary = session.announced_canary
+        welcome = pb.PredictWelcome(
+            service=self._info,
+            active=encode_version(session.announced),
+            max_rows=session.max_rows,
+            canary=None if canary is None else encode_version(canary),
+        )
         return pb.PredictResponse(welcome=welcome)
+
+    def _tell(self, number: int, event: pb.PredictRequest, response: pb.PredictResponse | None) -> None:
+        """When the node has its answer already; costs nothing while nobody listens."""
+        if self._feed.has_listeners:
+            hints = b"" if response is None else response.SerializeToString()
+            self._feed.tell(number, event.SerializeToString(), hints)
 
     def _handle(self, session: Session, request: pb.PredictRequest) -> pb.PredictResponse | None:
         match request.WhichOneof("event"):

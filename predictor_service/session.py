@@ -3,12 +3,15 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, TypeVar
 
 import numpy as np
 
-from predictor_service.predictor import AdoptingSession, Predictor
+from predictor_service.lineup import Lineup
+from predictor_service.predictor import AdoptingSession, Predictor, PredictorSession
+from predictor_service.step_share import StepShare
 from promoe.errors import InternalError, InvalidInput
 from promoe.hint import Hint, Observation, ObservedKind, PredictorVersion, StepStart
 from promoe.model_spec import ModelSpec
@@ -22,6 +25,19 @@ MOST_ANNOUNCED: Final = 8
 
 
 @dataclass
+class VersionCost:
+    """What one version was asked, and the time it took."""
+
+    observations: int = 0
+    predict_s: float = 0.0
+
+    def add(self, other: "VersionCost") -> None:
+        """Adds up."""
+        self.observations += other.observations
+        self.predict_s += other.predict_s
+
+
+@dataclass
 class SessionCounters:
     """Of one session, written by its thread only.
 
@@ -29,13 +45,27 @@ class SessionCounters:
         observations: that came to the predictor.
         refused_observations: not of the running step, or with hidden states that are no numbers.
         hints: that were made.
-        predict_s: time spent in the plug-in.
+        costs: of the versions that predicted.
     """
 
     observations: int = 0
     refused_observations: int = 0
     hints: int = 0
-    predict_s: float = 0.0
+    costs: dict[str, VersionCost] = field(default_factory=dict)
+
+    @property
+    def predict_s(self) -> float:
+        """Time spent in plug-ins."""
+        return sum(cost.predict_s for cost in list(self.costs.values()))
+
+
+@dataclass(frozen=True)
+class _Role:
+    """A version, and its part of what this session remembers."""
+
+    predictor: Predictor
+    predictions: PredictorSession
+    cost: VersionCost
 
 
 class Session:
@@ -44,7 +74,7 @@ class Session:
     Args:
         node: the node's name for itself, for the log.
         spec: the model both ends have.
-        active: what makes the hints of steps that begin now; a plug-in's one version after the other.
+        lineup: who makes the hints of steps that begin now; one lineup after the other.
         max_rows: rows an observation may have.
 
     Attributes:
@@ -54,29 +84,38 @@ class Session:
         InternalError: the plug-in failed.
     """
 
-    def __init__(self, node: str, spec: ModelSpec, active: Callable[[], Predictor], max_rows: int) -> None:
+    def __init__(self, node: str, spec: ModelSpec, lineup: Callable[[], Lineup], max_rows: int) -> None:
         self.node = node
         self.counters = SessionCounters()
         self._spec = spec
         self.max_rows = max_rows
-        self._active = active
-        self._newest = self._predictor = active()
-        self._version = self._predictor.version
-        # What the node was told of lately, by name: it samples a step as the welcome says that it has read.
-        self._announced = {self._version.version: self._predictor}
+        self._wanted = lineup
+        self._newest = self._lineup = lineup()
+        # What the node was told of lately, by the active version: it samples a step as the welcome says that it has
+        # read.
+        self._announced = {self._version.version: self._newest}
         self._step = 0
-        self._predictions = self._guarded(self._predictor.open_session)
+        self._active = self._opened(self._lineup.active)
+        self._canary = None if self._lineup.canary is None else self._opened(self._lineup.canary.predictor)
+        # Who predicts the running step, each for its part of it.
+        self._parts: list[tuple[_Role, StepShare]] = []
 
     @property
     def announced(self) -> PredictorVersion:
-        """What the node was told of last."""
-        return self._newest.version
+        """What the node was told of last, with the wishes of all who look on."""
+        return self._newest.announced
+
+    @property
+    def announced_canary(self) -> PredictorVersion | None:
+        """The same of a version that has a share of the requests; None where there is none."""
+        canary = self._newest.canary
+        return None if canary is None else canary.predictor.version
 
     def begin_step(self, start: StepStart) -> PredictorVersion | None:
-        """A forward pass begins, predicted by the version that the node samples it for.
+        """A forward pass begins, predicted by the versions that the node samples it for.
 
         Returns:
-            A version that became active since, for the node to be told of; None where there is none.
+            What the node is to be told of, since who predicts changed; None where that is as it was.
 
         Raises:
             InvalidInput: steps do not count up, or it is sampled for a version that was not announced.
@@ -84,17 +123,17 @@ class Session:
         """
         if start.step <= self._step:
             raise InvalidInput(f"Step {start.step} came after step {self._step}; steps count up.")
-        predictor = self._announced.get(start.version) if start.version else self._newest
-        if predictor is None:
+        lineup = self._announced.get(start.version) if start.version else self._newest
+        if lineup is None:
             raise InvalidInput(
                 f"Step {start.step} is sampled for {start.version}; announced were {', '.join(self._announced)}."
             )
         self._step = start.step
-        if predictor is not self._predictor:
-            self._go_on_with(predictor)
-        self._guarded(lambda: self._predictions.begin_step(start))
-        active = self._active()
-        return None if active is self._newest else self._announce(active)
+        if lineup is not self._lineup:
+            self._go_on_with(lineup)
+        self._begin_parts(start)
+        wanted = self._wanted()
+        return None if wanted is self._newest else self._announce(wanted)
 
     def observe(self, observation: Observation) -> Sequence[Hint]:
         """The plug-in's hints; none for an observation that is refused.
@@ -108,34 +147,84 @@ class Session:
         if observation.step != self._step or (hidden_RD is not None and not np.isfinite(hidden_RD).all()):
             self.counters.refused_observations += 1
             return ()
-        begin_s = time.perf_counter()
-        hints = self._guarded(lambda: self._predictions.observe(observation))
-        self.counters.predict_s += time.perf_counter() - begin_s
+        hints: list[Hint] = []
+        for role, share in self._parts:
+            hints += self._observe_part(role, share.of(observation))
         self.counters.observations += 1
         self.counters.hints += len(hints)
         return hints
 
     def end_requests(self, request_ids: Sequence[str]) -> None:
         """These requests are over; raises InternalError when the plug-in failed."""
-        self._guarded(lambda: self._predictions.end_requests(request_ids))
+        for role in (self._active, self._canary):
+            if role is not None:
+                self._guarded(role.predictor, partial(role.predictions.end_requests, request_ids))
 
-    def _go_on_with(self, predictor: Predictor) -> None:
-        """Between two steps; what the former version remembers of the requests goes on where kinds allow."""
-        former = self._predictions
-        self._predictor, self._version = predictor, predictor.version
-        self._predictions = self._guarded(predictor.open_session)
-        adopting = self._predictions
+    @property
+    def _version(self) -> PredictorVersion:
+        return self._lineup.active.version
+
+    def _begin_parts(self, start: StepStart) -> None:
+        self._parts.clear()
+        lineup, canary = self._lineup, self._canary
+        if lineup.canary is None or canary is None:
+            self._begin_part(self._active, StepShare(start))
+            return
+        takes = lineup.canary.takes
+        self._begin_part(self._active, StepShare(start, lambda request_id: not takes(request_id)))
+        self._begin_part(canary, StepShare(start, takes))
+
+    def _begin_part(self, role: "_Role", share: StepShare) -> None:
+        if share.start.spans or self._canary is None:
+            self._guarded(role.predictor, lambda: role.predictions.begin_step(share.start))
+            self._parts.append((role, share))
+
+    def _observe_part(self, role: "_Role", observation: Observation | None) -> Sequence[Hint]:
+        if observation is None:
+            return ()
+        if observation.hidden_RD is None and role.predictor.version.observed is not ObservedKind.NONE:
+            # A canary that the node has not read of yet.
+            return ()
+        begin_s = time.perf_counter()
+        hints = self._guarded(role.predictor, lambda: role.predictions.observe(observation))
+        role.cost.predict_s += time.perf_counter() - begin_s
+        role.cost.observations += 1
+        return hints
+
+    def _opened(self, predictor: Predictor) -> "_Role":
+        costs, version = self.counters.costs, predictor.version.version
+        while version not in costs and len(costs) >= MOST_ANNOUNCED:
+            del costs[next(iter(costs))]
+        cost = costs.setdefault(version, VersionCost())
+        return _Role(predictor, self._guarded(predictor, predictor.open_session), cost)
+
+    def _go_on_with(self, lineup: Lineup) -> None:
+        """Between two steps; what the former versions remember of the requests goes on where kinds allow."""
+        former = self._active
+        if lineup.active is not former.predictor:
+            self._active = self._heir_of(former, lineup.active)
+        if lineup.canary is None:
+            self._canary = None
+        elif self._canary is None or lineup.canary.predictor is not self._canary.predictor:
+            self._canary = self._heir_of(former, lineup.canary.predictor)
+        self._lineup = lineup
+
+    def _heir_of(self, former: "_Role", predictor: Predictor) -> "_Role":
+        heir = self._opened(predictor)
+        adopting = heir.predictions
         if isinstance(adopting, AdoptingSession):
-            self._guarded(lambda: adopting.adopt(former))
+            self._guarded(predictor, lambda: adopting.adopt(former.predictions))
+        return heir
 
-    def _announce(self, active: Predictor) -> PredictorVersion:
-        self._newest = active
-        self._announced.pop(active.version.version, None)
-        self._announced[active.version.version] = active
+    def _announce(self, lineup: Lineup) -> PredictorVersion:
+        self._newest = lineup
+        name = lineup.active.version.version
+        self._announced.pop(name, None)
+        self._announced[name] = lineup
         for version in list(self._announced)[:-MOST_ANNOUNCED]:
             if version != self._version.version:
                 del self._announced[version]
-        return active.version
+        return lineup.announced
 
     def _check(self, observation: Observation) -> None:
         spec, num_rows = self._spec, len(observation.rows)
@@ -169,18 +258,18 @@ class Session:
                     f"A routing has the shape {ids_RK.shape}; expected ({num_rows}, {spec.experts_per_token})."
                 )
 
-    def _guarded(self, call: Callable[[], _Result]) -> _Result:
+    def _guarded(self, predictor: Predictor, call: Callable[[], _Result]) -> _Result:
+        version = predictor.version.version
         try:
             return call()
         except Exception as error:
             # The edge to plug-ins, which may be anybody's: the process and the other sessions go on.
             logger.error(
                 "The predictor %s failed; the session of node %s ends.",
-                self._version.version,
+                version,
                 self.node,
                 exc_info=error,
             )
             raise InternalError(
-                f"The predictor {self._version.version} failed ({type(error).__name__}); the predictor service's log "
-                "has the details."
+                f"The predictor {version} failed ({type(error).__name__}); the predictor service's log has the details."
             ) from error

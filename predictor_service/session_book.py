@@ -4,11 +4,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Generic, TypeVar
 
 from predictor_service.dropping_queue import DroppingQueue
-from predictor_service.predictor import Predictor
-from predictor_service.session import Session, SessionCounters
+from predictor_service.lineup import Lineup
+from predictor_service.session import Session, SessionCounters, VersionCost
 from promoe.errors import Overloaded, Unavailable
 from promoe.hint import PredictorVersion
 from promoe.model_spec import ModelSpec
@@ -56,8 +57,9 @@ class SessionLimits:
 
 @dataclass(frozen=True)
 class OpenSession(Generic[_Event]):
-    """A session and what waits for it."""
+    """A session, its number since the service's start, and what waits for it."""
 
+    number: int
     session: Session
     waiting: DroppingQueue[_Event]
 
@@ -67,14 +69,15 @@ class SessionBook(Generic[_Event]):
 
     Args:
         spec: the model whose experts are predicted.
-        active: what makes the hints of steps that begin now.
+        lineup: who makes the hints of steps that begin now.
         limits: what is allowed.
     """
 
-    def __init__(self, spec: ModelSpec, active: Callable[[], Predictor], limits: SessionLimits) -> None:
+    def __init__(self, spec: ModelSpec, lineup: Callable[[], Lineup], limits: SessionLimits) -> None:
         self.spec = spec
-        self.active = active
+        self.lineup = lineup
         self.limits = limits
+        self._numbers = count(1)
         self._lock = threading.Lock()
         self._open: list[OpenSession[_Event]] = []
         self._closed = SessionCounters()
@@ -89,8 +92,8 @@ class SessionBook(Generic[_Event]):
             Overloaded: as many are open as there may be.
             Unavailable: the service is shutting down.
         """
-        session = Session(node, self.spec, self.active, max_rows)
-        entry = OpenSession(session, DroppingQueue[_Event](self.limits.max_queued_events))
+        session = Session(node, self.spec, self.lineup, max_rows)
+        entry = OpenSession(next(self._numbers), session, DroppingQueue[_Event](self.limits.max_queued_events))
         with self._lock:
             if self._end is not None:
                 raise self._end
@@ -112,6 +115,15 @@ class SessionBook(Generic[_Event]):
             for entry in self._open:
                 entry.waiting.close(end)
 
+    def costs(self) -> dict[str, VersionCost]:
+        """Of the versions that made hints, over all sessions."""
+        total = SessionCounters()
+        with self._lock:
+            _add(total, self._closed)
+            for entry in self._open:
+                _add(total, entry.session.counters)
+        return total.costs
+
     def stats(self) -> PredictorStats:
         """Figures of all sessions."""
         total = SessionCounters()
@@ -123,7 +135,7 @@ class SessionBook(Generic[_Event]):
                 _add(total, entry.session.counters)
                 num_dropped += entry.waiting.num_dropped
         return PredictorStats(
-            active=self.active().version,
+            active=self.lineup().active.version,
             sessions=num_open,
             observations=total.observations,
             dropped_observations=num_dropped,
@@ -137,4 +149,5 @@ def _add(total: SessionCounters, part: SessionCounters) -> None:
     total.observations += part.observations
     total.refused_observations += part.refused_observations
     total.hints += part.hints
-    total.predict_s += part.predict_s
+    for version, cost in list(part.costs.items()):
+        total.costs.setdefault(version, VersionCost()).add(cost)

@@ -25,11 +25,13 @@ class Wish:
         who: a person or a program.
         why: in their words.
         expected: the version that they believe to be active; None: whichever is.
+        numbers: what they decided it on.
     """
 
     who: str
     why: str
     expected: str | None = None
+    numbers: tuple[VersionMetric, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.who.strip():
@@ -66,14 +68,18 @@ class VersionLog:
 
     def last_active(self) -> str | None:
         """What this service's last change left active; None before the first, a start being none."""
-        changes = (change for change in self.changes() if change.action is not VersionAction.START)
+        changes = (
+            change for change in self.changes() if change.action in (VersionAction.ACTIVATE, VersionAction.ROLLBACK)
+        )
         mine = [change.after for change in changes if change.service == self._service]
         return mine[-1] if mine else None
 
-    def add(
-        self, action: VersionAction, before: str, after: str, wish: Wish, numbers: tuple[VersionMetric, ...] = ()
-    ) -> VersionChange:
+    def add(self, action: VersionAction, before: str, after: str, wish: Wish, version: str = "") -> VersionChange:
         """Adds one line, on the disk when this returns.
+
+        Args:
+            action, before, after, version: see VersionChange.
+            wish: who asks, and why.
 
         Raises:
             ResourceExhausted: it cannot be written; nothing was added.
@@ -89,7 +95,8 @@ class VersionLog:
                 after=after,
                 who=wish.who,
                 why=wish.why,
-                numbers=numbers,
+                numbers=wish.numbers,
+                version=version,
             )
 
         if self._path is None:

@@ -16,12 +16,14 @@ def history_path(registry: Path, fingerprint: str) -> Path:
 
 
 def versions_in_use(registry: Path) -> frozenset[VersionName]:
-    """The active version of every service that wrote a history there, and the one before it."""
+    """Of every service that wrote a history there: the active version, the one before it, and what was tried last."""
     in_use: set[VersionName] = set()
     for path in registry.glob(HISTORY_FILE.format("*")):
-        newest = {change.service: change for change in VersionLog(path, "").changes()}
-        for change in newest.values():
-            in_use |= _names(change.after, change.before)
+        changes = VersionLog(path, "").changes()
+        newest = {change.service: change for change in changes}
+        switched = {change.service: change for change in changes if not change.version}
+        for change in (*newest.values(), *switched.values()):
+            in_use |= _names(change.after, change.before, change.version)
     return frozenset(in_use)
 
 

@@ -33,6 +33,7 @@ class PredictorVersion:
         calibrated: scores are probabilities, not just an order.
         wants_routing: it reads each layer's routing.
         observe_every: see `is_observed`; routings of layers in between come with the next observation.
+        wants_ready: with each layer's routing, which of its experts were READY when it became known.
     """
 
     version: str
@@ -42,6 +43,7 @@ class PredictorVersion:
     calibrated: bool
     wants_routing: bool
     observe_every: int = 1
+    wants_ready: bool = False
 
 
 def is_observed(layer: int, num_layers: int, observe_every: int) -> bool:
@@ -82,10 +84,15 @@ class StepStart:
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """Routed experts of the sampled rows of one layer."""
+    """Routed experts of the sampled rows of one layer.
+
+    Attributes:
+        ready: the layer's experts that were READY when the routing became known; None where nobody says.
+    """
 
     layer: int
     topk_ids_RK: IdArray
+    ready: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -139,8 +139,22 @@ def encode_observation(observation: Observation, dtype: Dtype) -> predictor_pb2.
 def encode_routing(routing: LayerRouting) -> predictor_pb2.LayerRouting:
     """To the wire."""
     return predictor_pb2.LayerRouting(
-        layer=routing.layer, topk_ids=routing.topk_ids_RK.astype(_IDS, copy=False).tobytes()
+        layer=routing.layer,
+        topk_ids=routing.topk_ids_RK.astype(_IDS, copy=False).tobytes(),
+        ready=b"" if routing.ready is None else _bits_of(routing.ready),
     )
+
+
+def _bits_of(experts: tuple[int, ...]) -> bytes:
+    """A bit each; at least one byte, so that none READY is told from nobody saying."""
+    bits = 0
+    for expert in experts:
+        bits |= 1 << expert
+    return bits.to_bytes(max(1, (bits.bit_length() + 7) // 8), "little")
+
+
+def _experts_of(bits: bytes) -> tuple[int, ...]:
+    return tuple(np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")).tolist())
 
 
 def decode_observation(message: predictor_pb2.Observation) -> Observation:
@@ -168,7 +182,10 @@ def _decode_routing(message: predictor_pb2.LayerRouting, num_rows: int) -> Layer
     if nbytes % (max(1, num_rows) * _IDS.itemsize) or (nbytes and not num_rows):
         raise ValueError(f"routing.topk_ids has {nbytes} bytes, which are not {num_rows} rows of 16-bit numbers")
     ids = np.frombuffer(message.topk_ids, _IDS).astype(np.uint16)
-    return LayerRouting(message.layer, ids.reshape(num_rows, -1) if num_rows else ids.reshape(0, 0))
+    if len(message.ready) > _LARGEST_ID // 8 + 1:
+        raise ValueError(f"routing.ready has {len(message.ready)} bytes; allowed: a bit for each expert")
+    ready = _experts_of(message.ready) if message.ready else None
+    return LayerRouting(message.layer, ids.reshape(num_rows, -1) if num_rows else ids.reshape(0, 0), ready)
 
 
 def encode_hint(hint: Hint) -> predictor_pb2.Hint:
@@ -218,6 +235,7 @@ def encode_version(version: PredictorVersion) -> predictor_pb2.PredictorVersion:
         calibrated=version.calibrated,
         wants_routing=version.wants_routing,
         observe_every=version.observe_every,
+        wants_ready=version.wants_ready,
     )
 
 
@@ -236,4 +254,5 @@ def decode_version(message: predictor_pb2.PredictorVersion) -> PredictorVersion:
         calibrated=message.calibrated,
         wants_routing=message.wants_routing,
         observe_every=max(1, message.observe_every),
+        wants_ready=message.wants_ready,
     )

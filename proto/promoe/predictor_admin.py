@@ -1,11 +1,11 @@
 """What people and their programs ask of a predictor service's versions; a call each, with a deadline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Final, TypeVar
 
 import grpc
 
-from promoe.predictor_versions import VersionChange, VersionInfo
+from promoe.predictor_versions import QualityReport, VersionChange, VersionInfo
 from promoe.rpc import CHANNEL_OPTIONS
 from promoe.transport import readable_error
 from promoe.typed_message import decode_message
@@ -35,11 +35,45 @@ class PredictorAdmin:
         response = self._ask(lambda stub, timeout: stub.ListVersions(pb.ListVersionsRequest(), timeout=timeout))
         return [decode_message(info, VersionInfo) for info in response.versions]
 
-    def activate(self, version: str, who: str, why: str, expected_active: str | None = None) -> VersionChange | None:
-        """See `Activate` in predictor_admin.proto; None when the version was active already."""
-        request = pb.ActivateRequest(version=version, who=who, why=why, expected_active=expected_active)
+    def activate(
+        self,
+        version: str,
+        who: str,
+        why: str,
+        expected_active: str | None = None,
+        canary_share: float | None = None,
+    ) -> VersionChange | None:
+        """See `Activate` in predictor_admin.proto; None when it is as asked already."""
+        request = pb.ActivateRequest(
+            version=version, who=who, why=why, expected_active=expected_active, canary_share=canary_share
+        )
         response = self._ask(lambda stub, timeout: stub.Activate(request, timeout=timeout))
         return decode_message(response.change, VersionChange) if response.HasField("change") else None
+
+    def set_shadow(self, version: str, who: str, why: str) -> VersionChange | None:
+        """See `SetShadow` in predictor_admin.proto; None when the version was the shadow already."""
+        request = pb.SetShadowRequest(version=version, who=who, why=why)
+        response = self._ask(lambda stub, timeout: stub.SetShadow(request, timeout=timeout))
+        return decode_message(response.change, VersionChange) if response.HasField("change") else None
+
+    def clear_shadow(self, who: str, why: str) -> VersionChange | None:
+        """See `ClearShadow` in predictor_admin.proto; None when there was none."""
+        request = pb.ClearShadowRequest(who=who, why=why)
+        response = self._ask(lambda stub, timeout: stub.ClearShadow(request, timeout=timeout))
+        return decode_message(response.change, VersionChange) if response.HasField("change") else None
+
+    def watch(self, interval_s: float = 1.0) -> Generator[QualityReport, None, None]:
+        """Scores as they come, until the service ends (raises Unavailable) or the iterator is closed."""
+        request = pb.WatchQualityRequest(interval_s=interval_s)
+        with grpc.insecure_channel(self.endpoint, options=CHANNEL_OPTIONS) as channel:
+            call = pb_grpc.PredictorAdminStub(channel).WatchQuality(request)
+            try:
+                for response in call:
+                    yield decode_message(response.report, QualityReport)
+            except grpc.RpcError as error:
+                raise readable_error(error, self.endpoint) from error
+            finally:
+                call.cancel()
 
     def rollback(self, who: str, why: str, expected_active: str | None = None) -> VersionChange:
         """See `Rollback` in predictor_admin.proto."""

@@ -21,6 +21,8 @@ class VersionState(Enum):
     ACTIVE = "active"
     PREVIOUS = "previous"
     UNUSABLE = "unusable"
+    SHADOW = "shadow"
+    CANARY = "canary"
 
 
 class VersionAction(Enum):
@@ -30,6 +32,10 @@ class VersionAction(Enum):
     START = "start"
     ACTIVATE = "activate"
     ROLLBACK = "rollback"
+    SHADOW = "shadow"
+    CLEAR_SHADOW = "clear_shadow"
+    CANARY = "canary"
+    END_CANARY = "end_canary"
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,12 @@ class VersionChange:
         at_unix_s: wall-clock time, for people.
         service: whose active version changed; several services may share a registry.
         action: what was done.
-        before, after: the active version; `before` is empty at a start.
+        before, after: the active version; `before` is empty at a start, and both are the same where another version
+            was changed.
         who: did it.
         why: in their words.
         numbers: what it was decided on.
+        version: what was asked for, where that is not `after`: a shadow, a canary.
     """
 
     number: int
@@ -90,3 +98,54 @@ class VersionChange:
     who: str
     why: str
     numbers: tuple[VersionMetric, ...] = ()
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class VersionQuality:
+    """How well one version predicts what the nodes decode, over the layers of steps that were scored.
+
+    Attributes:
+        version: which.
+        state: what it is doing now.
+        steps, layers: that were scored; a layer counts where it was routed and any version had a hint for it.
+        hinted: experts in the heads of its hints (`num_expected` of each).
+        correct: those of `hinted` that were routed: accuracy = correct / hinted.
+        ready: those of `hinted` that were READY when the routing became known: fetch rate = ready / hinted. For a
+            version without effect an estimate from below: what the others had fetched.
+        routed: experts that were routed.
+        found: those of `routed` among the first so many of its list: recall = found / routed.
+        observations: it was shown.
+        predict_s: processor time it took.
+        fault: why it makes no hints (any more); empty when it does.
+    """
+
+    version: str
+    state: VersionState = VersionState.AVAILABLE
+    steps: int = 0
+    layers: int = 0
+    hinted: int = 0
+    correct: int = 0
+    ready: int = 0
+    routed: int = 0
+    found: int = 0
+    observations: int = 0
+    predict_s: float = 0.0
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class QualityReport:
+    """Since scoring began.
+
+    Attributes:
+        scored_s: for how long there was scoring.
+        qualities: by version, the active one first.
+        comparisons: steps in which the shadow and what made the hints were scored on the same layers.
+        gain: the shadow's mean recall in them less the other's.
+    """
+
+    scored_s: float
+    qualities: tuple[VersionQuality, ...]
+    comparisons: int = 0
+    gain: float = 0.0

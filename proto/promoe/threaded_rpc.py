@@ -48,7 +48,11 @@ class ThreadedErrorInterceptor(grpc.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(
                 _guard_unary(handler.unary_unary, method), handler.request_deserializer, handler.response_serializer
             )
-        assert handler.stream_stream is not None, "a threaded service has unary and bidirectional calls"
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                _guard_stream(handler.unary_stream, method), handler.request_deserializer, handler.response_serializer
+            )
+        assert handler.stream_stream is not None, "a threaded service has no calls that only take a stream"
         return grpc.stream_stream_rpc_method_handler(
             _guard_stream(handler.stream_stream, method), handler.request_deserializer, handler.response_serializer
         )

@@ -88,3 +88,14 @@ def test_refusals_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) ->
     before = HintTraffic(observations_sent=10, invalid=1)
     assert session.add_to(before) == HintTraffic(observations_sent=10, invalid=4, wrong_version=1)
     assert len(caplog.messages) == 2
+
+
+def test_a_canary_s_hints_are_taken_while_it_is_announced_and_one_welcome_longer() -> None:
+    session, _ = new_session()
+    session.welcome(version("a@1"), 4, version("c@1"))
+    assert set(session.announced) == {"a@1", "c@1"}
+    session.welcome(version("a@1"), 4)
+    assert set(session.announced) == {"a@1", "c@1"}, "hints may be under way"
+    session.welcome(version("a@1"), 4)
+    assert set(session.announced) == {"a@1"}
+    assert session.canary is None

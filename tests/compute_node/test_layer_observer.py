@@ -177,3 +177,22 @@ def test_a_step_without_tokens_is_nobodys() -> None:
     observer.layer_input(0, torch.zeros(0, HIDDEN))
     observer.routed(0, np.zeros((0, EXPERTS_PER_TOKEN), np.int64), torch.zeros(0, HIDDEN))
     assert sampler.samples == []
+
+
+def test_what_is_ready_is_asked_of_whoever_knows_when_it_is_wanted() -> None:
+    asked: list[int] = []
+
+    def ready(layer: int) -> tuple[int, ...]:
+        asked.append(layer)
+        return (layer, 7)
+
+    wants, other = (
+        Sampler(WantedSamples(2, False, False, True, ready=True)),
+        Sampler(WantedSamples(2, False, False, True)),
+    )
+    run_step(LayerObserver(NUM_LAYERS, CpuDevice(), [wants, other], ready), 1, (StepSpan("r", 1, False),))
+    assert [routing.ready for sample in wants.samples for routing in sample.routings] == [
+        (layer, 7) for layer in range(NUM_LAYERS)
+    ]
+    assert {routing.ready for sample in other.samples for routing in sample.routings} == {None}
+    assert asked == list(range(NUM_LAYERS))

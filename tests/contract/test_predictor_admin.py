@@ -4,18 +4,23 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from predictor_service.admin.in_use import history_path
-from promoe.errors import InvalidInput, ModelMismatch, ModelNotFound, PromoeError, ResourceExhausted
+from predictor_service.admin.service import MOST_WATCHERS
+from promoe.errors import InvalidInput, ModelMismatch, ModelNotFound, Overloaded, PromoeError, ResourceExhausted
+from promoe.hint import StepSpan
 from promoe.pack_manifest import PackManifest
 from promoe.predictor_admin import PredictorAdmin
 from promoe.predictor_versions import VersionAction, VersionOrigin, VersionState
 from promoe.v1 import predictor_pb2 as pb
 from tests.packs import write_synthetic_pack
 from tests.running_predictor import PredictStream, RunningPredictor, one_token
+from tests.running_store import wait_until
 
 NUM_LAYERS = 5
 
@@ -177,3 +182,100 @@ def test_a_service_that_is_killed_while_it_activates_goes_on_with_one_or_the_oth
         written = any(change.action is VersionAction.ACTIVATE for change in admin.history())
         assert written or not answered, "what was answered was written down"
         assert active(admin) == ("frequency@1" if written else "transition@1")
+
+
+def test_a_shadow_is_compared_without_effect(service: RunningPredictor, admin: PredictorAdmin) -> None:
+    with service.node() as node, closing(admin.watch(0.1)) as reports:
+        assert [quality.version for quality in next(reports).qualities] == ["transition@1"]
+        change = admin.set_shadow("frequency", "ann", "to see")
+        assert change is not None
+        assert change.version == "frequency@1"
+        assert admin.set_shadow("frequency@1", "ann", "again") is None
+        for step, report in enumerate(reports, 1):
+            hints, _ = run_step(node, step)
+            assert hints == {"transition@1"}
+            if report.comparisons > 2:
+                break
+        scores = {quality.version: quality for quality in report.qualities}
+        assert scores["frequency@1"].state is VersionState.SHADOW
+        assert scores["transition@1"].found > 0
+        assert scores["frequency@1"].routed > 0
+        states = {info.version: info.state for info in admin.versions()}
+        assert states["frequency@1"] is VersionState.SHADOW
+        assert admin.clear_shadow("ann", "seen") is not None
+        assert admin.clear_shadow("ann", "seen") is None
+        assert [change.action for change in admin.history(2)] == [VersionAction.SHADOW, VersionAction.CLEAR_SHADOW]
+
+
+def test_a_canary_has_its_share_of_the_requests(service: RunningPredictor, admin: PredictorAdmin) -> None:
+    with service.node() as node:
+        assert run_step(node, 1) == ({"transition@1"}, None)
+        change = admin.activate("frequency", "ann", "to try", canary_share=0.5)
+        assert change is not None
+        assert (change.action, change.version) == (VersionAction.CANARY, "frequency@1")
+        run_step(node, 2)
+        assert node.welcome.canary.version == "frequency@1"
+        made = {request: versions_of_request(node, step, request) for step, request in enumerate("abcdefgh", 3)}
+        assert set(made.values()) == {"transition@1", "frequency@1"}
+        assert made["a"] == versions_of_request(node, 20, "a"), "a request stays with the version that drew it"
+        assert active(admin) == "transition@1"
+        admin.rollback("ann", "tried")
+        run_step(node, 21)
+        assert not node.welcome.HasField("canary")
+        assert {versions_of_request(node, step, request) for step, request in enumerate("abcdefgh", 22)} == {
+            "transition@1"
+        }
+
+
+def versions_of_request(node: PredictStream, step: int, request: str) -> str:
+    """Who makes the hints of a step of one request."""
+    node.begin_step(step, StepSpan(request, 1, is_prefill=False), version=node.welcome.active.version)
+    made: set[str] = set()
+    for layer in range(NUM_LAYERS):
+        node.observe(one_token(step, layer, [layer % 4, 3 - layer % 4]))
+        made |= {hint.version for hint in node.receive().hints.hints}
+    (version,) = made
+    return version
+
+
+def test_what_cannot_be_tried_is_told(admin: PredictorAdmin) -> None:
+    with pytest.raises(InvalidInput, match="makes the hints already"):
+        admin.set_shadow("transition", "ann", "")
+    with pytest.raises(InvalidInput, match="canary's share is 2"):
+        admin.activate("frequency", "ann", "", canary_share=2.0)
+    with pytest.raises(InvalidInput, match=r"interval_s is 0\.01"):
+        next(admin.watch(0.01))
+    with pytest.raises(ModelNotFound):
+        admin.set_shadow("nothing@1", "ann", "")
+
+
+def test_not_everybody_can_watch_at_once(admin: PredictorAdmin) -> None:
+    with ExitStack() as stack:
+        for _ in range(MOST_WATCHERS):
+            next(stack.enter_context(closing(admin.watch(10))))
+        with pytest.raises(Overloaded, match="watch already"):
+            next(admin.watch(10))
+    reports = admin.watch(10)
+
+    def has_room() -> bool:
+        try:
+            return next(admin.watch(10)).scored_s >= 0
+        except Overloaded:  # it takes the service a moment to notice who has left
+            return False
+
+    wait_until(has_room, 30)
+    reports.close()
+
+
+def test_a_shadow_s_process_ends_with_its_service(pack: Path, socket_dir: Path) -> None:
+    with started(pack, socket_dir) as service:
+        PredictorAdmin(service.endpoint).set_shadow("frequency", "ann", "")
+        (child,) = psutil.Process(service.process.pid).children()
+        service.kill()
+        psutil.wait_procs([child], timeout=30)
+        assert not child.is_running()
+    with started(pack, socket_dir) as again:
+        PredictorAdmin(again.endpoint).set_shadow("frequency", "ann", "")
+        (child,) = psutil.Process(again.process.pid).children()
+        assert again.terminate() == 0
+        assert not child.is_running()

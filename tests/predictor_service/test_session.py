@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from predictor_service.lineup import Lineup
 from predictor_service.session import Session
 from promoe.errors import InternalError, InvalidInput
 from promoe.hint import Hint, LayerRouting, Observation, ObservedKind, PredictorVersion, StepStart
@@ -41,7 +42,8 @@ class RecordingPredictor:
 
 
 def open_session(predictor: RecordingPredictor) -> Session:
-    return Session("node-1", SPEC, lambda: predictor, max_rows=2)
+    lineup = Lineup(predictor)
+    return Session("node-1", SPEC, lambda: lineup, max_rows=2)
 
 
 def test_events_reach_the_plugin_in_order_and_are_counted() -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from predictor_service.lineup import Lineup
 from predictor_service.predictors.frequency import FrequencyPredictor
 from predictor_service.session_book import SessionBook, SessionLimits
 from promoe.errors import Overloaded, Unavailable
@@ -15,7 +16,8 @@ IDS_RK = np.array([[1, 2]], np.uint16)
 def make_book(max_sessions: int = 2) -> SessionBook[str]:
     limits = SessionLimits(max_rows=4, max_sessions=max_sessions, max_queued_events=2)
     predictor = FrequencyPredictor(source_of(SPEC))
-    return SessionBook(SPEC, lambda: predictor, limits)
+    lineup = Lineup(predictor)
+    return SessionBook(SPEC, lambda: lineup, limits)
 
 
 def test_figures_are_summed_over_open_and_closed_sessions() -> None:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from predictor_service.predictor import PredictorSession
+from predictor_service.lineup import Lineup
+from predictor_service.predictor import Predictor, PredictorSession
 from predictor_service.session import MOST_ANNOUNCED, Session
 from promoe.errors import InvalidInput
 from promoe.hint import Hint, Observation, ObservedKind, StepSpan, StepStart
@@ -45,11 +46,20 @@ class Stream:
     """A node's end: samples for the newest version that it has read."""
 
     def __init__(self, *predictors: NamedPredictor, says_version: bool = True) -> None:
-        self.active = predictors[0]
-        self.session = Session("node", SPEC, lambda: self.active, max_rows=4)
+        self.lineup = Lineup(predictors[0])
+        self.session = Session("node", SPEC, lambda: self.lineup, max_rows=4)
         self.follows = self.session.announced
         self.says_version = says_version
         self.step = 0
+
+    @property
+    def active(self) -> Predictor:
+        return self.lineup.active
+
+    @active.setter
+    def active(self, predictor: Predictor) -> None:
+        if predictor is not self.lineup.active:
+            self.lineup = Lineup(predictor)
 
     def begin(self, reads_welcome: bool = True) -> str | None:
         self.step += 1
@@ -111,7 +121,7 @@ def test_what_is_remembered_goes_along() -> None:
     for predictor in (A, A, B, B, C, A, A):
         stream.active = predictor
         stream.begin()
-    adopted = stream.session._predictions
+    adopted = stream.session._active.predictions
     assert isinstance(adopted, RememberingSession)
     assert adopted.predictor is A
     assert adopted.steps == list(range(1, stream.step + 1))

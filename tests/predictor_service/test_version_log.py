@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_changes_are_told_as_they_were_added(log: VersionLog) -> None:
     assert log.changes() == []
     assert log.last_active() is None
     numbers = (VersionMetric("gain", 0.25),)
-    first = log.add(VersionAction.ACTIVATE, "a@1", "a@2", WISH, numbers)
+    first = log.add(VersionAction.ACTIVATE, "a@1", "a@2", replace(WISH, numbers=numbers))
     second = log.add(VersionAction.ROLLBACK, "a@2", "a@1", Wish("bob", "it was not"))
     assert log.changes() == [first, second]
     assert (first.number, first.who, first.why, first.numbers) == (1, "ann", "it is better", numbers)

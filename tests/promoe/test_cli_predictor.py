@@ -104,6 +104,7 @@ def test_what_a_service_would_go_on_with_is_removed_by_force_only(tmp_path: Path
         (("remove", "../x@1"), "expected NAME@VERSION"),
         (("list",), "predictor.sock"),
         (("activate", "a@1"), "predictor.sock"),
+        (("watch", "--once"), "predictor.sock"),
     ],
 )
 def test_what_cannot_be_done_is_a_sentence(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
@@ -132,6 +133,35 @@ def test_a_running_service_is_asked_and_told(socket_dir: Path) -> None:
             ("activate", "to see"),
             ("rollback", "asked for at the command line"),
         ]
+        tried = run(socket_dir, "activate", "none", "--canary", "12.5%", "--why", "a little")
+        assert tried.stdout == "none@1 makes the hints of 12.5 % of the requests; transition@1 of the others.\n"
+        assert "that share of the requests already" in run(socket_dir, "activate", "none", "--canary", ".125").stdout
+        ended = run(socket_dir, "rollback")
+        assert ended.stdout == "none@1 makes no hints any more; transition@1 makes those of all requests.\n"
+        assert run(socket_dir, "shadow", "frequency").stdout == "frequency@1 looks on now.\n"
+        assert run(socket_dir, "shadow", "frequency").stdout == "frequency looks on already.\n"
+        watched = run(socket_dir, "watch", "--once", "--interval", "0.1").stdout
+        for word in ("transition@1", "active", "frequency@1", "shadow", "Nothing was scored yet"):
+            assert word in watched
+        (document,) = [json.loads(run(socket_dir, "watch", "--json", "--interval", "0.1").stdout)]
+        assert [quality["state"] for quality in document["qualities"]][:2] == ["active", "shadow"]
+        assert run(socket_dir, "shadow", "--clear").stdout == "frequency@1 looks on no more.\n"
+        assert run(socket_dir, "shadow", "--clear").stdout == "Nobody looks on.\n"
         shown = run(socket_dir, "list").stdout + run(socket_dir, "history").stdout
         for word in ("transition@1", "active", "previous", "rollback", getpass.getuser()):
             assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("activate", "a@1", "--canary", "much"), "is not a share"),
+        (("activate", "a@1", "--canary", "100%"), "is not a share"),
+        (("shadow",), "Name a version, or say --clear."),
+        (("shadow", "a@1", "--clear"), "Name a version, or say --clear."),
+    ],
+)
+def test_what_makes_no_sense_is_a_usage_error(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr

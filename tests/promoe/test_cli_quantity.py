@@ -11,6 +11,7 @@ from promoe.cli.quantity import (
     format_s,
     parse_bytes_per_s,
     parse_nbytes,
+    parse_share,
 )
 
 
@@ -65,3 +66,14 @@ def test_formats_for_people() -> None:
     ]  # fmt: skip
     assert [format_bytes_per_s(r) for r in (12, 950e6, 2e9, 64e9)] == ["12.0 B/s", "950 MB/s", "2.00 GB/s", "64.0 GB/s"]
     assert (format_rate(None), format_rate(0.6824)) == ("–", "68.2 %")
+
+
+@pytest.mark.parametrize(("text", "share"), [("10%", 0.1), ("0.25", 0.25), (" 12.5 %", 0.125), (".5", 0.5)])
+def test_a_share_is_written_either_way(text: str, share: float) -> None:
+    assert parse_share(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["", "%", "0", "1", "100%", "-5%", "nan", "150%", "ten"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a share"):
+        parse_share(text)

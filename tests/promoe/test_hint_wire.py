@@ -1,5 +1,7 @@
 """What one end says to the other is what the other end reads; what makes no sense is refused by name."""
 
+from itertools import cycle
+
 import numpy as np
 import pytest
 import torch
@@ -85,7 +87,8 @@ def test_observations_come_back(rows: list[int], width: int, wants_hidden: bool,
     rng = np.random.default_rng(len(rows))
     hidden_RD = rng.standard_normal((len(rows), width)).astype(np.float32) if wants_hidden else None
     routings = tuple(
-        LayerRouting(layer, rng.integers(0, 2**16, (len(rows), width)).astype(np.uint16)) for layer in layers
+        LayerRouting(layer, rng.integers(0, 2**16, (len(rows), width)).astype(np.uint16), ready)
+        for layer, ready in zip(layers, cycle([None, (), (0,), (7, 8, 300)]), strict=False)
     )
     observation = Observation(3, 5, tuple(rows), 99, hidden_RD, routings)
     decoded = hint_wire.decode_observation(hint_wire.encode_observation(observation, Dtype.FLOAT32))
@@ -95,6 +98,7 @@ def test_observations_come_back(rows: list[int], width: int, wants_hidden: bool,
         np.testing.assert_array_equal(decoded.hidden_RD, hidden_RD)
     assert [routing.layer for routing in decoded.routings] == layers
     for one, other in zip(decoded.routings, routings, strict=True):
+        assert one.ready == other.ready
         if rows:
             np.testing.assert_array_equal(one.topk_ids_RK, other.topk_ids_RK)
         else:
@@ -119,6 +123,10 @@ def test_observations_come_back(rows: list[int], width: int, wants_hidden: bool,
         (
             predictor_pb2.Observation(rows=[0, 1], routings=[predictor_pb2.LayerRouting(topk_ids=b"\0" * 6)]),
             "routing.topk_ids has 6 bytes",
+        ),
+        (
+            predictor_pb2.Observation(routings=[predictor_pb2.LayerRouting(ready=bytes(8193))]),
+            "routing.ready has 8193 bytes",
         ),
         (
             predictor_pb2.Observation(rows=[], routings=[predictor_pb2.LayerRouting(topk_ids=b"\0" * 6)]),

@@ -51,6 +51,17 @@ def test_changes_under_load_interrupt_nobody(stack: TinyStack, module_socket_dir
                 admin.rollback("the test", "under load")
             assert [answer.tokens() for answer in answers] == [quiet] * NUM_STREAMS
             assert quiet_answer(client, num_tokens=NUM_TOKENS) == quiet
+            # A shadow, and a canary that reads what the active version does not: in one step with it, and without.
+            admin.activate("frequency", "the test", "reads no hidden states")
+            admin.set_shadow("transition", "the test", "under load")
+            answers = [BackgroundAnswer(client, num_tokens=NUM_TOKENS) for _ in range(NUM_STREAMS)]
+            wait_for_hints(hints, answers)
+            admin.activate("gate_ahead", "the test", "under load", canary_share=0.4)
+            wait_for_hints(hints, answers)
+            admin.rollback("the test", "under load")
+            wait_for_hints(hints, answers)
+            admin.clear_shadow("the test", "under load")
+            assert [answer.tokens() for answer in answers] == [quiet] * NUM_STREAMS
             stats = hints()
             assert stats.invalid == 0
             assert predictor.stats().sessions == 1
@@ -58,5 +69,5 @@ def test_changes_under_load_interrupt_nobody(stack: TinyStack, module_socket_dir
             assert len({quality.version for quality in stats.qualities}) >= 2, "several versions' hints were scored"
             # The session that the node opened first goes on.
             assert stack.node.log.read_text().count("Connected to the predictor") == 1
-            assert len(admin.history()) == 9
+            assert len(admin.history()) == 14
         assert quiet_answer(client, num_tokens=NUM_TOKENS) == quiet

@@ -9,7 +9,7 @@ from typing import Annotated, TypeAlias, TypeVar
 
 import typer
 
-from promoe.cli.quantity import parse_bytes_per_s, parse_nbytes
+from promoe.cli.quantity import parse_bytes_per_s, parse_nbytes, parse_share
 
 _Options = TypeVar("_Options")
 
@@ -51,5 +51,13 @@ def rate(text: str) -> int:
     """A parser of rates for typer's options."""
     try:
         return parse_bytes_per_s(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def share(text: str) -> float:
+    """A parser of parts of a whole for typer's options."""
+    try:
+        return parse_share(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -17,11 +17,14 @@ from promoe.cli.predictor_versions import (
     HistoryFlags,
     ListFlags,
     RollbackFlags,
+    ShadowFlags,
     activate,
     history,
     list_versions,
     rollback,
+    shadow,
 )
+from promoe.cli.predictor_watch import WatchFlags, watch
 
 TOOLS: Final = MappingProxyType(
     {
@@ -58,6 +61,8 @@ def make_predictor_app() -> typer.Typer:
         )
     app.command("list")(takes(ListFlags)(list_versions))
     app.command("activate")(takes(ActivateFlags)(activate))
+    app.command("shadow")(takes(ShadowFlags)(shadow))
+    app.command("watch")(takes(WatchFlags)(watch))
     app.command("rollback")(takes(RollbackFlags)(rollback))
     app.command("history")(takes(HistoryFlags)(history))
     return app

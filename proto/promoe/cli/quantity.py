@@ -50,6 +50,22 @@ def parse_bytes_per_s(text: str) -> int:
         raise ValueError(f"{text!r} is not a rate; write for example 25GB/s") from None
 
 
+def parse_share(text: str) -> float:
+    """A part of a whole: `10%` or `0.1`.
+
+    Raises:
+        ValueError: it is none, or not more than nothing and less than all.
+    """
+    number = text.strip()
+    try:
+        share = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"{text!r} is not a share; write for example 10% or 0.1")
+    return share
+
+
 def format_nbytes(nbytes: float) -> str:
     """`0 B`, `83.0 KiB`, `6.70 GiB`: three figures, binary units."""
     size = float(nbytes)

@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpromoe/v1/predictor_admin.proto\x12\tpromoe.v1\"\xf6\x01\n\x0bVersionInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12(\n\x06origin\x18\x03 \x01(\x0e\x32\x18.promoe.v1.VersionOrigin\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.promoe.v1.VersionState\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x18\n\x10published_unix_s\x18\x06 \x01(\x01\x12\x0e\n\x06parent\x18\x07 \x01(\t\x12)\n\x07metrics\x18\x08 \x03(\x0b\x32\x18.promoe.v1.VersionMetric\x12\r\n\x05\x66\x61ult\x18\t \x01(\t\",\n\rVersionMetric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x15\n\x13ListVersionsRequest\"@\n\x14ListVersionsResponse\x12(\n\x08versions\x18\x01 \x03(\x0b\x32\x16.promoe.v1.VersionInfo\"n\n\x0f\x41\x63tivateRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03who\x18\x02 \x01(\t\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x1c\n\x0f\x65xpected_active\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_expected_active\"<\n\x10\x41\x63tivateResponse\x12(\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x18.promoe.v1.VersionChange\"]\n\x0fRollbackRequest\x12\x0b\n\x03who\x18\x01 \x01(\t\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x1c\n\x0f\x65xpected_active\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_expected_active\"<\n\x10RollbackResponse\x12(\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x18.promoe.v1.VersionChange\"\"\n\x11GetHistoryRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"?\n\x12GetHistoryResponse\x12)\n\x07\x63hanges\x18\x01 \x03(\x0b\x32\x18.promoe.v1.VersionChange\"\xd1\x01\n\rVersionChange\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\tat_unix_s\x18\x02 \x01(\x01\x12\x0f\n\x07service\x18\x03 \x01(\t\x12(\n\x06\x61\x63tion\x18\x04 \x01(\x0e\x32\x18.promoe.v1.VersionAction\x12\x0e\n\x06\x62\x65\x66ore\x18\x05 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x06 \x01(\t\x12\x0b\n\x03who\x18\x07 \x01(\t\x12\x0b\n\x03why\x18\x08 \x01(\t\x12)\n\x07numbers\x18\t \x03(\x0b\x32\x18.promoe.v1.VersionMetric*\x84\x01\n\rVersionOrigin\x12\x1e\n\x1aVERSION_ORIGIN_UNSPECIFIED\x10\x00\x12\x1b\n\x17VERSION_ORIGIN_REGISTRY\x10\x01\x12\x1b\n\x17VERSION_ORIGIN_PACKAGED\x10\x02\x12\x19\n\x15VERSION_ORIGIN_PLUGIN\x10\x03*\x9c\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17VERSION_STATE_AVAILABLE\x10\x01\x12\x18\n\x14VERSION_STATE_ACTIVE\x10\x02\x12\x1a\n\x16VERSION_STATE_PREVIOUS\x10\x03\x12\x1a\n\x16VERSION_STATE_UNUSABLE\x10\x04*\x83\x01\n\rVersionAction\x12\x1e\n\x1aVERSION_ACTION_UNSPECIFIED\x10\x00\x12\x18\n\x14VERSION_ACTION_START\x10\x01\x12\x1b\n\x17VERSION_ACTION_ACTIVATE\x10\x02\x12\x1b\n\x17VERSION_ACTION_ROLLBACK\x10\x03\x32\xb6\x02\n\x0ePredictorAdmin\x12O\n\x0cListVersions\x12\x1e.promoe.v1.ListVersionsRequest\x1a\x1f.promoe.v1.ListVersionsResponse\x12\x43\n\x08\x41\x63tivate\x12\x1a.promoe.v1.ActivateRequest\x1a\x1b.promoe.v1.ActivateResponse\x12\x43\n\x08Rollback\x12\x1a.promoe.v1.RollbackRequest\x1a\x1b.promoe.v1.RollbackResponse\x12I\n\nGetHistory\x12\x1c.promoe.v1.GetHistoryRequest\x1a\x1d.promoe.v1.GetHistoryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpromoe/v1/predictor_admin.proto\x12\tpromoe.v1\"\xf6\x01\n\x0bVersionInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12(\n\x06origin\x18\x03 \x01(\x0e\x32\x18.promoe.v1.VersionOrigin\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.promoe.v1.VersionState\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x18\n\x10published_unix_s\x18\x06 \x01(\x01\x12\x0e\n\x06parent\x18\x07 \x01(\t\x12)\n\x07metrics\x18\x08 \x03(\x0b\x32\x18.promoe.v1.VersionMetric\x12\r\n\x05\x66\x61ult\x18\t \x01(\t\",\n\rVersionMetric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x15\n\x13ListVersionsRequest\"@\n\x14ListVersionsResponse\x12(\n\x08versions\x18\x01 \x03(\x0b\x32\x16.promoe.v1.VersionInfo\"\x9a\x01\n\x0f\x41\x63tivateRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03who\x18\x02 \x01(\t\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x1c\n\x0f\x65xpected_active\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x0c\x63\x61nary_share\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\x12\n\x10_expected_activeB\x0f\n\r_canary_share\"<\n\x10\x41\x63tivateResponse\x12(\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x18.promoe.v1.VersionChange\"]\n\x0fRollbackRequest\x12\x0b\n\x03who\x18\x01 \x01(\t\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x1c\n\x0f\x65xpected_active\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_expected_active\"<\n\x10RollbackResponse\x12(\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x18.promoe.v1.VersionChange\"\"\n\x11GetHistoryRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"?\n\x12GetHistoryResponse\x12)\n\x07\x63hanges\x18\x01 \x03(\x0b\x32\x18.promoe.v1.VersionChange\"\xe2\x01\n\rVersionChange\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\tat_unix_s\x18\x02 \x01(\x01\x12\x0f\n\x07service\x18\x03 \x01(\t\x12(\n\x06\x61\x63tion\x18\x04 \x01(\x0e\x32\x18.promoe.v1.VersionAction\x12\x0e\n\x06\x62\x65\x66ore\x18\x05 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x06 \x01(\t\x12\x0b\n\x03who\x18\x07 \x01(\t\x12\x0b\n\x03why\x18\x08 \x01(\t\x12)\n\x07numbers\x18\t \x03(\x0b\x32\x18.promoe.v1.VersionMetric\x12\x0f\n\x07version\x18\n \x01(\t\"=\n\x10SetShadowRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03who\x18\x02 \x01(\t\x12\x0b\n\x03why\x18\x03 \x01(\t\"=\n\x11SetShadowResponse\x12(\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x18.promoe.v1.VersionChange\".\n\x12\x43learShadowRequest\x12\x0b\n\x03who\x18\x01 \x01(\t\x12\x0b\n\x03why\x18\x02 \x01(\t\"?\n\x13\x43learShadowResponse\x12(\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x18.promoe.v1.VersionChange\")\n\x13WatchQualityRequest\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\"@\n\x14WatchQualityResponse\x12(\n\x06report\x18\x01 \x01(\x0b\x32\x18.promoe.v1.QualityReport\"r\n\rQualityReport\x12\x10\n\x08scored_s\x18\x01 \x01(\x01\x12,\n\tqualities\x18\x02 \x03(\x0b\x32\x19.promoe.v1.VersionQuality\x12\x13\n\x0b\x63omparisons\x18\x03 \x01(\x04\x12\x0c\n\x04gain\x18\x04 \x01(\x01\"\xef\x01\n\x0eVersionQuality\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.promoe.v1.VersionState\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x0e\n\x06layers\x18\x04 \x01(\x04\x12\x0e\n\x06hinted\x18\x05 \x01(\x04\x12\x0f\n\x07\x63orrect\x18\x06 \x01(\x04\x12\r\n\x05ready\x18\x07 \x01(\x04\x12\x0e\n\x06routed\x18\x08 \x01(\x04\x12\r\n\x05\x66ound\x18\t \x01(\x04\x12\x14\n\x0cobservations\x18\n \x01(\x04\x12\x11\n\tpredict_s\x18\x0b \x01(\x01\x12\r\n\x05\x66\x61ult\x18\x0c \x01(\t*\x84\x01\n\rVersionOrigin\x12\x1e\n\x1aVERSION_ORIGIN_UNSPECIFIED\x10\x00\x12\x1b\n\x17VERSION_ORIGIN_REGISTRY\x10\x01\x12\x1b\n\x17VERSION_ORIGIN_PACKAGED\x10\x02\x12\x19\n\x15VERSION_ORIGIN_PLUGIN\x10\x03*\xd0\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17VERSION_STATE_AVAILABLE\x10\x01\x12\x18\n\x14VERSION_STATE_ACTIVE\x10\x02\x12\x1a\n\x16VERSION_STATE_PREVIOUS\x10\x03\x12\x1a\n\x16VERSION_STATE_UNUSABLE\x10\x04\x12\x18\n\x14VERSION_STATE_SHADOW\x10\x05\x12\x18\n\x14VERSION_STATE_CANARY\x10\x06*\xf9\x01\n\rVersionAction\x12\x1e\n\x1aVERSION_ACTION_UNSPECIFIED\x10\x00\x12\x18\n\x14VERSION_ACTION_START\x10\x01\x12\x1b\n\x17VERSION_ACTION_ACTIVATE\x10\x02\x12\x1b\n\x17VERSION_ACTION_ROLLBACK\x10\x03\x12\x19\n\x15VERSION_ACTION_SHADOW\x10\x04\x12\x1f\n\x1bVERSION_ACTION_CLEAR_SHADOW\x10\x05\x12\x19\n\x15VERSION_ACTION_CANARY\x10\x06\x12\x1d\n\x19VERSION_ACTION_END_CANARY\x10\x07\x32\x9f\x04\n\x0ePredictorAdmin\x12O\n\x0cListVersions\x12\x1e.promoe.v1.ListVersionsRequest\x1a\x1f.promoe.v1.ListVersionsResponse\x12\x43\n\x08\x41\x63tivate\x12\x1a.promoe.v1.ActivateRequest\x1a\x1b.promoe.v1.ActivateResponse\x12\x43\n\x08Rollback\x12\x1a.promoe.v1.RollbackRequest\x1a\x1b.promoe.v1.RollbackResponse\x12\x46\n\tSetShadow\x12\x1b.promoe.v1.SetShadowRequest\x1a\x1c.promoe.v1.SetShadowResponse\x12L\n\x0b\x43learShadow\x12\x1d.promoe.v1.ClearShadowRequest\x1a\x1e.promoe.v1.ClearShadowResponse\x12Q\n\x0cWatchQuality\x12\x1e.promoe.v1.WatchQualityRequest\x1a\x1f.promoe.v1.WatchQualityResponse0\x01\x12I\n\nGetHistory\x12\x1c.promoe.v1.GetHistoryRequest\x1a\x1d.promoe.v1.GetHistoryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'promoe.v1.predictor_admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERSIONORIGIN']._serialized_start=1075
-  _globals['_VERSIONORIGIN']._serialized_end=1207
-  _globals['_VERSIONSTATE']._serialized_start=1210
-  _globals['_VERSIONSTATE']._serialized_end=1366
-  _globals['_VERSIONACTION']._serialized_start=1369
-  _globals['_VERSIONACTION']._serialized_end=1500
+  _globals['_VERSIONORIGIN']._serialized_start=1843
+  _globals['_VERSIONORIGIN']._serialized_end=1975
+  _globals['_VERSIONSTATE']._serialized_start=1978
+  _globals['_VERSIONSTATE']._serialized_end=2186
+  _globals['_VERSIONACTION']._serialized_start=2189
+  _globals['_VERSIONACTION']._serialized_end=2438
   _globals['_VERSIONINFO']._serialized_start=47
   _globals['_VERSIONINFO']._serialized_end=293
   _globals['_VERSIONMETRIC']._serialized_start=295
@@ -45,20 +45,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTVERSIONSREQUEST']._serialized_end=362
   _globals['_LISTVERSIONSRESPONSE']._serialized_start=364
   _globals['_LISTVERSIONSRESPONSE']._serialized_end=428
-  _globals['_ACTIVATEREQUEST']._serialized_start=430
-  _globals['_ACTIVATEREQUEST']._serialized_end=540
-  _globals['_ACTIVATERESPONSE']._serialized_start=542
-  _globals['_ACTIVATERESPONSE']._serialized_end=602
-  _globals['_ROLLBACKREQUEST']._serialized_start=604
-  _globals['_ROLLBACKREQUEST']._serialized_end=697
-  _globals['_ROLLBACKRESPONSE']._serialized_start=699
-  _globals['_ROLLBACKRESPONSE']._serialized_end=759
-  _globals['_GETHISTORYREQUEST']._serialized_start=761
-  _globals['_GETHISTORYREQUEST']._serialized_end=795
-  _globals['_GETHISTORYRESPONSE']._serialized_start=797
-  _globals['_GETHISTORYRESPONSE']._serialized_end=860
-  _globals['_VERSIONCHANGE']._serialized_start=863
-  _globals['_VERSIONCHANGE']._serialized_end=1072
-  _globals['_PREDICTORADMIN']._serialized_start=1503
-  _globals['_PREDICTORADMIN']._serialized_end=1813
+  _globals['_ACTIVATEREQUEST']._serialized_start=431
+  _globals['_ACTIVATEREQUEST']._serialized_end=585
+  _globals['_ACTIVATERESPONSE']._serialized_start=587
+  _globals['_ACTIVATERESPONSE']._serialized_end=647
+  _globals['_ROLLBACKREQUEST']._serialized_start=649
+  _globals['_ROLLBACKREQUEST']._serialized_end=742
+  _globals['_ROLLBACKRESPONSE']._serialized_start=744
+  _globals['_ROLLBACKRESPONSE']._serialized_end=804
+  _globals['_GETHISTORYREQUEST']._serialized_start=806
+  _globals['_GETHISTORYREQUEST']._serialized_end=840
+  _globals['_GETHISTORYRESPONSE']._serialized_start=842
+  _globals['_GETHISTORYRESPONSE']._serialized_end=905
+  _globals['_VERSIONCHANGE']._serialized_start=908
+  _globals['_VERSIONCHANGE']._serialized_end=1134
+  _globals['_SETSHADOWREQUEST']._serialized_start=1136
+  _globals['_SETSHADOWREQUEST']._serialized_end=1197
+  _globals['_SETSHADOWRESPONSE']._serialized_start=1199
+  _globals['_SETSHADOWRESPONSE']._serialized_end=1260
+  _globals['_CLEARSHADOWREQUEST']._serialized_start=1262
+  _globals['_CLEARSHADOWREQUEST']._serialized_end=1308
+  _globals['_CLEARSHADOWRESPONSE']._serialized_start=1310
+  _globals['_CLEARSHADOWRESPONSE']._serialized_end=1373
+  _globals['_WATCHQUALITYREQUEST']._serialized_start=1375
+  _globals['_WATCHQUALITYREQUEST']._serialized_end=1416
+  _globals['_WATCHQUALITYRESPONSE']._serialized_start=1418
+  _globals['_WATCHQUALITYRESPONSE']._serialized_end=1482
+  _globals['_QUALITYREPORT']._serialized_start=1484
+  _globals['_QUALITYREPORT']._serialized_end=1598
+  _globals['_VERSIONQUALITY']._serialized_start=1601
+  _globals['_VERSIONQUALITY']._serialized_end=1840
+  _globals['_PREDICTORADMIN']._serialized_start=2441
+  _globals['_PREDICTORADMIN']._serialized_end=2984
 # @@protoc_insertion_point(module_scope)

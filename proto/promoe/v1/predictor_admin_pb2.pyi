@@ -60,6 +60,10 @@ class _VersionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VersionS
     """Was active before, and is kept for a rollback."""
     VERSION_STATE_UNUSABLE: _VersionState.ValueType  # 4
     """Cannot be used here; see `fault`."""
+    VERSION_STATE_SHADOW: _VersionState.ValueType  # 5
+    """Is run and scored without effect."""
+    VERSION_STATE_CANARY: _VersionState.ValueType  # 6
+    """Makes the hints of a share of the requests."""
 
 class VersionState(_VersionState, metaclass=_VersionStateEnumTypeWrapper):
     """What a version is doing."""
@@ -73,6 +77,10 @@ VERSION_STATE_PREVIOUS: VersionState.ValueType  # 3
 """Was active before, and is kept for a rollback."""
 VERSION_STATE_UNUSABLE: VersionState.ValueType  # 4
 """Cannot be used here; see `fault`."""
+VERSION_STATE_SHADOW: VersionState.ValueType  # 5
+"""Is run and scored without effect."""
+VERSION_STATE_CANARY: VersionState.ValueType  # 6
+"""Makes the hints of a share of the requests."""
 Global___VersionState: _TypeAlias = VersionState  # noqa: Y015
 
 class _VersionAction:
@@ -86,6 +94,10 @@ class _VersionActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Version
     """The service began with it."""
     VERSION_ACTION_ACTIVATE: _VersionAction.ValueType  # 2
     VERSION_ACTION_ROLLBACK: _VersionAction.ValueType  # 3
+    VERSION_ACTION_SHADOW: _VersionAction.ValueType  # 4
+    VERSION_ACTION_CLEAR_SHADOW: _VersionAction.ValueType  # 5
+    VERSION_ACTION_CANARY: _VersionAction.ValueType  # 6
+    VERSION_ACTION_END_CANARY: _VersionAction.ValueType  # 7
 
 class VersionAction(_VersionAction, metaclass=_VersionActionEnumTypeWrapper): ...
 
@@ -94,6 +106,10 @@ VERSION_ACTION_START: VersionAction.ValueType  # 1
 """The service began with it."""
 VERSION_ACTION_ACTIVATE: VersionAction.ValueType  # 2
 VERSION_ACTION_ROLLBACK: VersionAction.ValueType  # 3
+VERSION_ACTION_SHADOW: VersionAction.ValueType  # 4
+VERSION_ACTION_CLEAR_SHADOW: VersionAction.ValueType  # 5
+VERSION_ACTION_CANARY: VersionAction.ValueType  # 6
+VERSION_ACTION_END_CANARY: VersionAction.ValueType  # 7
 Global___VersionAction: _TypeAlias = VersionAction  # noqa: Y015
 
 @_typing.final
@@ -213,6 +229,7 @@ class ActivateRequest(_message.Message):
     WHO_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
     EXPECTED_ACTIVE_FIELD_NUMBER: _builtins.int
+    CANARY_SHARE_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """`name@version`, or a plug-in's name."""
     who: _builtins.str
@@ -220,6 +237,11 @@ class ActivateRequest(_message.Message):
     why: _builtins.str
     expected_active: _builtins.str
     """The version that the caller believes to be active; the call fails if it is not."""
+    canary_share: _builtins.float
+    """More than 0 and less than 1: only so large a share of the requests has its hints from the version, and the active
+    one goes on with the others. Activating it without a share makes it the active one; Rollback, or activating another
+    one, ends it. It is over when the service ends.
+    """
     def __init__(
         self,
         *,
@@ -227,13 +249,19 @@ class ActivateRequest(_message.Message):
         who: _builtins.str = ...,
         why: _builtins.str = ...,
         expected_active: _builtins.str | None = ...,
+        canary_share: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_active", b"_expected_active", "expected_active", b"expected_active"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_canary_share", b"_canary_share", "_expected_active", b"_expected_active", "canary_share", b"canary_share", "expected_active", b"expected_active"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_active", b"_expected_active", "expected_active", b"expected_active", "version", b"version", "who", b"who", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canary_share", b"_canary_share", "_expected_active", b"_expected_active", "canary_share", b"canary_share", "expected_active", b"expected_active", "version", b"version", "who", b"who", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__canary_share: _TypeAlias = _typing.Literal["canary_share"]  # noqa: Y015
+    _WhichOneofArgType__canary_share: _TypeAlias = _typing.Literal["_canary_share", b"_canary_share"]  # noqa: Y015
     _WhichOneofReturnType__expected_active: _TypeAlias = _typing.Literal["expected_active"]  # noqa: Y015
     _WhichOneofArgType__expected_active: _TypeAlias = _typing.Literal["_expected_active", b"_expected_active"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__canary_share) -> _WhichOneofReturnType__canary_share | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_active) -> _WhichOneofReturnType__expected_active | None: ...
 
 Global___ActivateRequest: _TypeAlias = ActivateRequest  # noqa: Y015
@@ -245,7 +273,7 @@ class ActivateResponse(_message.Message):
     CHANGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def change(self) -> Global___VersionChange:
-        """Absent when the version was active already."""
+        """Absent when the version was active, or the canary with this share, already."""
 
     def __init__(
         self,
@@ -365,6 +393,7 @@ class VersionChange(_message.Message):
     WHO_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
     NUMBERS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Counts up; says the order, whatever the clock does."""
     at_unix_s: _builtins.float
@@ -376,6 +405,8 @@ class VersionChange(_message.Message):
     after: _builtins.str
     who: _builtins.str
     why: _builtins.str
+    version: _builtins.str
+    """What was asked for, where that is not `after`: a shadow, a canary."""
     @_builtins.property
     def numbers(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionMetric]: ...
     def __init__(
@@ -390,11 +421,244 @@ class VersionChange(_message.Message):
         who: _builtins.str = ...,
         why: _builtins.str = ...,
         numbers: _abc.Iterable[Global___VersionMetric] | None = ...,
+        version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "after", b"after", "at_unix_s", b"at_unix_s", "before", b"before", "number", b"number", "numbers", b"numbers", "service", b"service", "who", b"who", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "after", b"after", "at_unix_s", b"at_unix_s", "before", b"before", "number", b"number", "numbers", b"numbers", "service", b"service", "version", b"version", "who", b"who", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VersionChange: _TypeAlias = VersionChange  # noqa: Y015
+
+@_typing.final
+class SetShadowRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    WHO_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """`name@version`, or a plug-in's name."""
+    who: _builtins.str
+    """Who asks, and why; written down."""
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        who: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version", "who", b"who", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetShadowRequest: _TypeAlias = SetShadowRequest  # noqa: Y015
+
+@_typing.final
+class SetShadowResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def change(self) -> Global___VersionChange:
+        """Absent when the version was the shadow already."""
+
+    def __init__(
+        self,
+        *,
+        change: Global___VersionChange | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetShadowResponse: _TypeAlias = SetShadowResponse  # noqa: Y015
+
+@_typing.final
+class ClearShadowRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHO_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    who: _builtins.str
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        who: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["who", b"who", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClearShadowRequest: _TypeAlias = ClearShadowRequest  # noqa: Y015
+
+@_typing.final
+class ClearShadowResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def change(self) -> Global___VersionChange:
+        """Absent when there was no shadow."""
+
+    def __init__(
+        self,
+        *,
+        change: Global___VersionChange | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClearShadowResponse: _TypeAlias = ClearShadowResponse  # noqa: Y015
+
+@_typing.final
+class WatchQualityRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_S_FIELD_NUMBER: _builtins.int
+    interval_s: _builtins.float
+    """From 0.1 to 60; 0: a second."""
+    def __init__(
+        self,
+        *,
+        interval_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_s", b"interval_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchQualityRequest: _TypeAlias = WatchQualityRequest  # noqa: Y015
+
+@_typing.final
+class WatchQualityResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def report(self) -> Global___QualityReport: ...
+    def __init__(
+        self,
+        *,
+        report: Global___QualityReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchQualityResponse: _TypeAlias = WatchQualityResponse  # noqa: Y015
+
+@_typing.final
+class QualityReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORED_S_FIELD_NUMBER: _builtins.int
+    QUALITIES_FIELD_NUMBER: _builtins.int
+    COMPARISONS_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    scored_s: _builtins.float
+    """For how long there was scoring."""
+    comparisons: _builtins.int
+    """Steps in which the shadow and what made the hints were scored on the same layers."""
+    gain: _builtins.float
+    """The shadow's mean recall in them less the other's."""
+    @_builtins.property
+    def qualities(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionQuality]:
+        """The active version first."""
+
+    def __init__(
+        self,
+        *,
+        scored_s: _builtins.float = ...,
+        qualities: _abc.Iterable[Global___VersionQuality] | None = ...,
+        comparisons: _builtins.int = ...,
+        gain: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparisons", b"comparisons", "gain", b"gain", "qualities", b"qualities", "scored_s", b"scored_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QualityReport: _TypeAlias = QualityReport  # noqa: Y015
+
+@_typing.final
+class VersionQuality(_message.Message):
+    """How well one version predicts what the nodes decode. All counts but the last are over layers of scored steps, or over
+    their experts. A step with prompt tokens is not scored, nor one whose tokens were not all shown.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    HINTED_FIELD_NUMBER: _builtins.int
+    CORRECT_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    ROUTED_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    OBSERVATIONS_FIELD_NUMBER: _builtins.int
+    PREDICT_S_FIELD_NUMBER: _builtins.int
+    FAULT_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    state: Global___VersionState.ValueType
+    steps: _builtins.int
+    layers: _builtins.int
+    hinted: _builtins.int
+    """Experts in the heads of its hints."""
+    correct: _builtins.int
+    """Those of `hinted` that were routed: accuracy = correct / hinted."""
+    ready: _builtins.int
+    """Those of `hinted` that were READY when the routing became known: fetch rate = ready / hinted. For a version without
+    effect an estimate from below: what the others had fetched.
+    """
+    routed: _builtins.int
+    found: _builtins.int
+    """Those of `routed` among the first so many of its list: recall = found / routed."""
+    observations: _builtins.int
+    """It was shown."""
+    predict_s: _builtins.float
+    """Processor time it took."""
+    fault: _builtins.str
+    """Why it makes no hints (any more); empty when it does."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        state: Global___VersionState.ValueType = ...,
+        steps: _builtins.int = ...,
+        layers: _builtins.int = ...,
+        hinted: _builtins.int = ...,
+        correct: _builtins.int = ...,
+        ready: _builtins.int = ...,
+        routed: _builtins.int = ...,
+        found: _builtins.int = ...,
+        observations: _builtins.int = ...,
+        predict_s: _builtins.float = ...,
+        fault: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["correct", b"correct", "fault", b"fault", "found", b"found", "hinted", b"hinted", "layers", b"layers", "observations", b"observations", "predict_s", b"predict_s", "ready", b"ready", "routed", b"routed", "state", b"state", "steps", b"steps", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionQuality: _TypeAlias = VersionQuality  # noqa: Y015

@@ -52,6 +52,21 @@ class PredictorAdminStub(object):
                 request_serializer=promoe_dot_v1_dot_predictor__admin__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.RollbackResponse.FromString,
                 _registered_method=True)
+        self.SetShadow = channel.unary_unary(
+                '/promoe.v1.PredictorAdmin/SetShadow',
+                request_serializer=promoe_dot_v1_dot_predictor__admin__pb2.SetShadowRequest.SerializeToString,
+                response_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.SetShadowResponse.FromString,
+                _registered_method=True)
+        self.ClearShadow = channel.unary_unary(
+                '/promoe.v1.PredictorAdmin/ClearShadow',
+                request_serializer=promoe_dot_v1_dot_predictor__admin__pb2.ClearShadowRequest.SerializeToString,
+                response_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.ClearShadowResponse.FromString,
+                _registered_method=True)
+        self.WatchQuality = channel.unary_stream(
+                '/promoe.v1.PredictorAdmin/WatchQuality',
+                request_serializer=promoe_dot_v1_dot_predictor__admin__pb2.WatchQualityRequest.SerializeToString,
+                response_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.WatchQualityResponse.FromString,
+                _registered_method=True)
         self.GetHistory = channel.unary_unary(
                 '/promoe.v1.PredictorAdmin/GetHistory',
                 request_serializer=promoe_dot_v1_dot_predictor__admin__pb2.GetHistoryRequest.SerializeToString,
@@ -89,6 +104,30 @@ class PredictorAdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetShadow(self, request, context):
+        """A version is run beside the active one, in a process of its own, on what the nodes show, and scored: it has no
+        effect. It takes the place of the shadow before it. Idempotent; errors as of Activate, and INVALID_ARGUMENT where it
+        reads other hidden states than the active version does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClearShadow(self, request, context):
+        """Idempotent: nothing changes where there is no shadow.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchQuality(self, request, context):
+        """Scores as they come, for as long as the caller listens; scoring costs nothing while nobody does and there is no
+        shadow. Not retried.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetHistory(self, request, context):
         """Idempotent; the caller may retry.
         """
@@ -113,6 +152,21 @@ def add_PredictorAdminServicer_to_server(servicer, server):
                     servicer.Rollback,
                     request_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.RollbackRequest.FromString,
                     response_serializer=promoe_dot_v1_dot_predictor__admin__pb2.RollbackResponse.SerializeToString,
+            ),
+            'SetShadow': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetShadow,
+                    request_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.SetShadowRequest.FromString,
+                    response_serializer=promoe_dot_v1_dot_predictor__admin__pb2.SetShadowResponse.SerializeToString,
+            ),
+            'ClearShadow': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClearShadow,
+                    request_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.ClearShadowRequest.FromString,
+                    response_serializer=promoe_dot_v1_dot_predictor__admin__pb2.ClearShadowResponse.SerializeToString,
+            ),
+            'WatchQuality': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchQuality,
+                    request_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.WatchQualityRequest.FromString,
+                    response_serializer=promoe_dot_v1_dot_predictor__admin__pb2.WatchQualityResponse.SerializeToString,
             ),
             'GetHistory': grpc.unary_unary_rpc_method_handler(
                     servicer.GetHistory,
@@ -204,6 +258,87 @@ class PredictorAdmin(object):
             '/promoe.v1.PredictorAdmin/Rollback',
             promoe_dot_v1_dot_predictor__admin__pb2.RollbackRequest.SerializeToString,
             promoe_dot_v1_dot_predictor__admin__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetShadow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promoe.v1.PredictorAdmin/SetShadow',
+            promoe_dot_v1_dot_predictor__admin__pb2.SetShadowRequest.SerializeToString,
+            promoe_dot_v1_dot_predictor__admin__pb2.SetShadowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClearShadow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promoe.v1.PredictorAdmin/ClearShadow',
+            promoe_dot_v1_dot_predictor__admin__pb2.ClearShadowRequest.SerializeToString,
+            promoe_dot_v1_dot_predictor__admin__pb2.ClearShadowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchQuality(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/promoe.v1.PredictorAdmin/WatchQuality',
+            promoe_dot_v1_dot_predictor__admin__pb2.WatchQualityRequest.SerializeToString,
+            promoe_dot_v1_dot_predictor__admin__pb2.WatchQualityResponse.FromString,
             options,
             channel_credentials,
             insecure,

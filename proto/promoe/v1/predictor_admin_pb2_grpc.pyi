@@ -47,6 +47,17 @@ class PredictorAdminStub:
     """Back to the version that was active before; twice is back and forth. Not idempotent without `expected_active`, with
     which the caller may retry.
     """
+    SetShadow: _grpc.UnaryUnaryMultiCallable[_predictor_admin_pb2.SetShadowRequest, _predictor_admin_pb2.SetShadowResponse]
+    """A version is run beside the active one, in a process of its own, on what the nodes show, and scored: it has no
+    effect. It takes the place of the shadow before it. Idempotent; errors as of Activate, and INVALID_ARGUMENT where it
+    reads other hidden states than the active version does.
+    """
+    ClearShadow: _grpc.UnaryUnaryMultiCallable[_predictor_admin_pb2.ClearShadowRequest, _predictor_admin_pb2.ClearShadowResponse]
+    """Idempotent: nothing changes where there is no shadow."""
+    WatchQuality: _grpc.UnaryStreamMultiCallable[_predictor_admin_pb2.WatchQualityRequest, _predictor_admin_pb2.WatchQualityResponse]
+    """Scores as they come, for as long as the caller listens; scoring costs nothing while nobody does and there is no
+    shadow. Not retried.
+    """
     GetHistory: _grpc.UnaryUnaryMultiCallable[_predictor_admin_pb2.GetHistoryRequest, _predictor_admin_pb2.GetHistoryResponse]
     """Idempotent; the caller may retry."""
 
@@ -68,6 +79,17 @@ class PredictorAdminAsyncStub(PredictorAdminStub):
     Rollback: _aio.UnaryUnaryMultiCallable[_predictor_admin_pb2.RollbackRequest, _predictor_admin_pb2.RollbackResponse]  # type: ignore[assignment]
     """Back to the version that was active before; twice is back and forth. Not idempotent without `expected_active`, with
     which the caller may retry.
+    """
+    SetShadow: _aio.UnaryUnaryMultiCallable[_predictor_admin_pb2.SetShadowRequest, _predictor_admin_pb2.SetShadowResponse]  # type: ignore[assignment]
+    """A version is run beside the active one, in a process of its own, on what the nodes show, and scored: it has no
+    effect. It takes the place of the shadow before it. Idempotent; errors as of Activate, and INVALID_ARGUMENT where it
+    reads other hidden states than the active version does.
+    """
+    ClearShadow: _aio.UnaryUnaryMultiCallable[_predictor_admin_pb2.ClearShadowRequest, _predictor_admin_pb2.ClearShadowResponse]  # type: ignore[assignment]
+    """Idempotent: nothing changes where there is no shadow."""
+    WatchQuality: _aio.UnaryStreamMultiCallable[_predictor_admin_pb2.WatchQualityRequest, _predictor_admin_pb2.WatchQualityResponse]  # type: ignore[assignment]
+    """Scores as they come, for as long as the caller listens; scoring costs nothing while nobody does and there is no
+    shadow. Not retried.
     """
     GetHistory: _aio.UnaryUnaryMultiCallable[_predictor_admin_pb2.GetHistoryRequest, _predictor_admin_pb2.GetHistoryResponse]  # type: ignore[assignment]
     """Idempotent; the caller may retry."""
@@ -105,6 +127,35 @@ class PredictorAdminServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_predictor_admin_pb2.RollbackResponse, _abc.Awaitable[_predictor_admin_pb2.RollbackResponse]]:
         """Back to the version that was active before; twice is back and forth. Not idempotent without `expected_active`, with
         which the caller may retry.
+        """
+
+    @_abc_1.abstractmethod
+    def SetShadow(
+        self,
+        request: _predictor_admin_pb2.SetShadowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_predictor_admin_pb2.SetShadowResponse, _abc.Awaitable[_predictor_admin_pb2.SetShadowResponse]]:
+        """A version is run beside the active one, in a process of its own, on what the nodes show, and scored: it has no
+        effect. It takes the place of the shadow before it. Idempotent; errors as of Activate, and INVALID_ARGUMENT where it
+        reads other hidden states than the active version does.
+        """
+
+    @_abc_1.abstractmethod
+    def ClearShadow(
+        self,
+        request: _predictor_admin_pb2.ClearShadowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_predictor_admin_pb2.ClearShadowResponse, _abc.Awaitable[_predictor_admin_pb2.ClearShadowResponse]]:
+        """Idempotent: nothing changes where there is no shadow."""
+
+    @_abc_1.abstractmethod
+    def WatchQuality(
+        self,
+        request: _predictor_admin_pb2.WatchQualityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_predictor_admin_pb2.WatchQualityResponse], _abc.AsyncIterator[_predictor_admin_pb2.WatchQualityResponse]]:
+        """Scores as they come, for as long as the caller listens; scoring costs nothing while nobody does and there is no
+        shadow. Not retried.
         """
 
     @_abc_1.abstractmethod

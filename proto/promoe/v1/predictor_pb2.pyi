@@ -125,6 +125,7 @@ class PredictorVersion(_message.Message):
     CALIBRATED_FIELD_NUMBER: _builtins.int
     WANTS_ROUTING_FIELD_NUMBER: _builtins.int
     OBSERVE_EVERY_FIELD_NUMBER: _builtins.int
+    WANTS_READY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """`name@version`; every hint carries it."""
     predictor: _builtins.str
@@ -138,6 +139,8 @@ class PredictorVersion(_message.Message):
     """Is content with every so many-th MoE layer, beginning with the first, and the last one; 0 means every layer. A node
     that misses many experts shows more. Routings of layers in between come with the next observation.
     """
+    wants_ready: _builtins.bool
+    """Wants, with each layer's routing, which of its experts were READY when it became known."""
     @_builtins.property
     def lookaheads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The lookaheads it predicts at, in MoE layers."""
@@ -152,10 +155,11 @@ class PredictorVersion(_message.Message):
         calibrated: _builtins.bool = ...,
         wants_routing: _builtins.bool = ...,
         observe_every: _builtins.int = ...,
+        wants_ready: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrated", b"calibrated", "lookaheads", b"lookaheads", "observe_every", b"observe_every", "observed", b"observed", "predictor", b"predictor", "version", b"version", "wants_routing", b"wants_routing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrated", b"calibrated", "lookaheads", b"lookaheads", "observe_every", b"observe_every", "observed", b"observed", "predictor", b"predictor", "version", b"version", "wants_ready", b"wants_ready", "wants_routing", b"wants_routing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -357,18 +361,24 @@ class LayerRouting(_message.Message):
 
     LAYER_FIELD_NUMBER: _builtins.int
     TOPK_IDS_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     topk_ids: _builtins.bytes
     """Routed experts of the sampled rows: uint16, (rows, experts per token)."""
+    ready: _builtins.bytes
+    """The layer's experts that were READY when the routing became known, where that is wanted: a bit each, expert 0 the
+    lowest of the first byte. Empty: the node does not say.
+    """
     def __init__(
         self,
         *,
         layer: _builtins.int = ...,
         topk_ids: _builtins.bytes = ...,
+        ready: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "topk_ids", b"topk_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "ready", b"ready", "topk_ids", b"topk_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -468,22 +478,30 @@ class PredictWelcome(_message.Message):
     SERVICE_FIELD_NUMBER: _builtins.int
     ACTIVE_FIELD_NUMBER: _builtins.int
     MAX_ROWS_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
     max_rows: _builtins.int
     """The most rows it wants to see of a step; at most the hello's."""
     @_builtins.property
     def service(self) -> _model_pb2.ServiceInfo: ...
     @_builtins.property
     def active(self) -> Global___PredictorVersion: ...
+    @_builtins.property
+    def canary(self) -> Global___PredictorVersion:
+        """Makes the hints of a share of the requests, from the step on that is sampled for this welcome. What `active` wants
+        is what both want.
+        """
+
     def __init__(
         self,
         *,
         service: _model_pb2.ServiceInfo | None = ...,
         active: Global___PredictorVersion | None = ...,
         max_rows: _builtins.int = ...,
+        canary: Global___PredictorVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "service", b"service"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "canary", b"canary", "service", b"service"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "max_rows", b"max_rows", "service", b"service"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "canary", b"canary", "max_rows", b"max_rows", "service", b"service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -511,7 +529,9 @@ Global___Hints: _TypeAlias = Hints  # noqa: Y015
 
 @_typing.final
 class Hint(_message.Message):
-    """A ranked prediction for one layer of one step: the union over the step's tokens."""
+    """A ranked prediction for one layer of one step: the union over the step's tokens, or where a canary has some of the
+    step's requests, over the tokens of its own; the two belong together then.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
