@@ -33,6 +33,7 @@ PROCESS_EDGES: Final = frozenset(
         ("predictor_service/session.py", "_guarded"),
         ("predictor_service/service.py", "converse"),
         ("predictor_service/versions.py", "_try_out"),
+        ("predictor_service/shadow/__main__.py", "main"),
     }
 )
 """File and function of each `except Exception` that does not raise again."""

@@ -20,7 +20,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
 
 from predictor_service.catalogue import Catalogue
 from predictor_service.registry import Registry
-from predictor_service.shadow.listener import Listener
+from predictor_service.shadow.feed_client import Listener
 from promoe.config import SettingUnfit
 from promoe.errors import PromoeError, Unavailable
 from promoe.pack_manifest import PackManifest

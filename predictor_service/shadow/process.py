@@ -123,7 +123,7 @@ class ShadowProcess:
                 problem = str(document["failed"])
                 continue
             try:
-                self._reported(ScoreReport.decode(document))  # type: ignore[arg-type]
+                self._reported(ScoreReport.decode(document))
             except (ValueError, KeyError, TypeError) as error:
                 logger.warning("A shadow's report cannot be understood: %s", error)
         if self._closing.is_set():

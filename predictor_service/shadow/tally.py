@@ -69,13 +69,13 @@ class ScoreReport:
         }
 
     @classmethod
-    def decode(cls, document: dict[str, dict[str, dict[str, float]] | list[dict[str, object]]]) -> "ScoreReport":
+    def decode(cls, document: dict[str, object]) -> "ScoreReport":
         """From JSON; raises ValueError, KeyError or TypeError for what is none."""
         tallies, comparisons = document["tallies"], document["comparisons"]
         if not isinstance(tallies, dict) or not isinstance(comparisons, list):
             raise ValueError("a report has tallies by version, and a list of comparisons")
         return cls(
-            {version: VersionTally(**counts) for version, counts in tallies.items()},  # type: ignore[arg-type]
+            {version: VersionTally(**counts) for version, counts in tallies.items()},
             tuple(_comparison(entry) for entry in comparisons),
         )
 
