@@ -16,10 +16,10 @@ SOURCES := $(wildcard proto/promoe compute_node expert_store predictor_service d
 COMPILED := $(shell cat compute_node/compiled_modules.txt)
 PROTOS := $(wildcard proto/promoe/v1/*.proto)
 GENERATED := .cache/generated
-BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-split bench-trace bench-device bench-pack bench-store
+BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-split bench-upgrade bench-trace bench-device bench-pack bench-store
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check style types schema architecture bench $(BENCHES) proto interpreted clean
+.PHONY: help setup demo demo-upgrade test check style types schema architecture bench $(BENCHES) proto interpreted clean
 
 help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -53,6 +53,9 @@ interpreted: $(INSTALLED) ## Removes what was compiled, until the next make setu
 
 demo: $(READY) ## Builds the demo model once and answers two prompts through the whole stack.
 	$(BIN)/promoe demo
+
+demo-upgrade: $(READY) ## Changes predictors under a load of 8 streams and draws GoodPred over time.
+	$(BIN)/python -m tests.bench.bench_upgrade --demo
 
 # One thread each: the models are tiny, and several processes share the cores.
 test: $(READY) ## Runs every test that this machine can run.

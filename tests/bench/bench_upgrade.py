@@ -1,0 +1,220 @@
+"""Predictors are changed under load: shadow, canary, activation, rollback, a second process that takes over and dies.
+
+Eight streams answer in rounds; in every second round something is changed while they decode, the others are quiet and
+are what it is compared with. Tokens must be those of the quiet rounds, no stream may be interrupted, and the time per
+token (TPOT) at the 99th percentile should be at most 1.05 times the quiet rounds'. `make demo-upgrade` runs this once
+through and draws GoodPred over time, with the changes marked.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from expert_store.pack.packer import pack_checkpoint
+from promoe import Client
+from promoe.model_spec import Dtype
+from promoe.node_admin import NodeAdmin
+from promoe.node_report import PredictorState
+from promoe.predictor_admin import PredictorAdmin
+from tests.bench.demo_model import CACHE, PROMPTS, demo_checkpoint
+from tests.bench.report import RESULTS, out_argument, write_report
+from tests.bench.upgrade_load import HintWatch, RoundFigures, run_round, watching
+from tests.running_node import RunningNode
+from tests.running_predictor import RunningPredictor
+from tests.running_store import RunningStore, wait_until
+
+GOAL: Final = 1.05
+NUM_STREAMS: Final = 8
+WHO: Final = "make demo-upgrade"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that an operator does, by its name."""
+
+    name: str
+    make: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """When a change was asked for, and how long the call took."""
+
+    name: str
+    at_s: float
+    took_s: float
+
+
+class Stage:
+    """The processes, and what is done to them.
+
+    Args:
+        folder: of their sockets and logs.
+        cache_rate: of the node.
+    """
+
+    def __init__(self, stack: ExitStack, folder: Path, cache_rate: float) -> None:
+        pack_dir = CACHE / "pack_float32"
+        # Sums of float32 hold still while the others of a batch come and go.
+        pack_checkpoint(demo_checkpoint(), pack_dir, dtype=Dtype.FLOAT32)
+        for name in ("blue", "green"):
+            (folder / name).mkdir()
+        registry = f"predictor.registry={folder / 'registry'}"
+        self.blue = stack.enter_context(RunningPredictor(pack_dir, folder / "blue", registry))
+        self.green = stack.enter_context(RunningPredictor(pack_dir, folder / "green", registry))
+        store = stack.enter_context(RunningStore(pack_dir, folder))
+        settings = (
+            f"compute.predictor_endpoint={self.blue.endpoint}",
+            f"compute.cache_rate={cache_rate}",
+            "compute.max_context_tokens=512",
+        )
+        self.node = stack.enter_context(RunningNode(pack_dir, store.endpoint, folder, *settings))
+        self.admin = PredictorAdmin(self.blue.endpoint)
+        self.client = stack.enter_context(Client(self.node.endpoint()))
+        wait_until(lambda: self.client.info().predictor.state is PredictorState.CONNECTED, 60)
+
+    def changes(self) -> list[Change]:
+        """In the order of a careful operator; the last one is bad luck."""
+        admin, node = self.admin, NodeAdmin(self.node.endpoint())
+        return [
+            Change("shadow gate_ahead", lambda: admin.set_shadow("gate_ahead", WHO, "to compare")),
+            Change("canary gate_ahead 30 %", lambda: admin.activate("gate_ahead", WHO, "to try", canary_share=0.3)),
+            Change("activate gate_ahead", lambda: admin.activate("gate_ahead", WHO, "to see it alone")),
+            Change("rollback", lambda: admin.rollback(WHO, "it was worse")),
+            Change("connect green", lambda: node.connect_predictor(self.green.endpoint, WHO, "another process")),
+            Change("kill green", self.green.kill),
+        ]
+
+
+def run(
+    stage: Stage, rounds: int, num_tokens: int, began_s: float
+) -> tuple[list[RoundFigures], list[RoundFigures], list[Marked]]:
+    """Quiet rounds and rounds with a change, in turns; the streams keep their prompts."""
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(NUM_STREAMS)]
+    quiet: list[RoundFigures] = []
+    changed: list[RoundFigures] = []
+    marks: list[Marked] = []
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Client(stage.node.endpoint())) for _ in range(NUM_STREAMS)]
+        run_round(clients, prompts, num_tokens)  # experts, predictor and threads are warm then
+        for change in stage.changes()[:rounds]:
+            quiet.append(run_round(clients, prompts, num_tokens))
+            changed.append(_disturbed(lambda: run_round(clients, prompts, num_tokens), stage, change, marks, began_s))
+        quiet.append(run_round(clients, prompts, num_tokens))
+    return quiet, changed, marks
+
+
+def _disturbed(
+    round_of: Callable[[], RoundFigures], stage: Stage, change: Change, marks: list[Marked], began_s: float
+) -> RoundFigures:
+    """A round in whose middle something is changed: when all its streams decode."""
+    before = stage.client.cache_stats().decode.tokens
+
+    def disturb() -> None:
+        wait_until(lambda: stage.client.cache_stats(deadline_s=30).decode.tokens > before + 2 * NUM_STREAMS, 120)
+        asked_s = time.perf_counter()
+        change.make()
+        marks.append(Marked(change.name, asked_s - began_s, time.perf_counter() - asked_s))
+
+    with ThreadPoolExecutor(1) as threads:
+        disturbing = threads.submit(disturb)
+        figures = round_of()
+        disturbing.result()
+    return figures
+
+
+def summarize(quiet: Sequence[RoundFigures], changed: Sequence[RoundFigures]) -> dict[str, object]:
+    """What is promised, and what came."""
+    oracle = quiet[0].token_ids
+    quiet_s = [tpot_s for figures in quiet for tpot_s in figures.tpots_s]
+    changed_s = [tpot_s for figures in changed for tpot_s in figures.tpots_s]
+    ratio = float(np.percentile(changed_s, 99) / np.percentile(quiet_s, 99))
+    return {
+        "streams": NUM_STREAMS,
+        "interrupted": sum(figures.num_failed for figures in (*quiet, *changed)),
+        "answers_with_other_tokens": sum(
+            ours != theirs for figures in changed for ours, theirs in zip(figures.token_ids, oracle, strict=True)
+        ),
+        "quiet_answers_with_other_tokens": sum(
+            ours != theirs for figures in quiet for ours, theirs in zip(figures.token_ids, oracle, strict=True)
+        ),
+        "tpot_p99_s": {"quiet": float(np.percentile(quiet_s, 99)), "changed": float(np.percentile(changed_s, 99))},
+        "tpot_median_s": {"quiet": float(np.median(quiet_s)), "changed": float(np.median(changed_s))},
+        "tpot_p99_ratio": ratio,
+        "goal": GOAL,
+        "met": ratio <= GOAL,
+    }
+
+
+def plot(points: Sequence[tuple[float, str, float]], marks: Sequence[Marked], picture: Path) -> None:
+    """GoodPred of each version's hints as time goes by."""
+    figure, axes = plt.subplots(figsize=(11, 4.4), constrained_layout=True)
+    for version in dict.fromkeys(version for _, version, _ in points):
+        mine = [(at_s, value) for at_s, name, value in points if name == version]
+        axes.plot(*zip(*mine, strict=True), ".", markersize=6, label=version)
+    for mark in marks:
+        axes.axvline(mark.at_s, color="grey", linewidth=0.8)
+        axes.text(mark.at_s, 1.02, f" {mark.name}", rotation=25, fontsize=8, va="bottom")
+    axes.set(xlabel="seconds", ylabel="GoodPred", ylim=(0, 1.02))
+    axes.legend(loc="lower right")
+    figure.suptitle(f"{NUM_STREAMS} streams of the demo model while predictors are changed", fontsize=10)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Prints what was promised and what came; writes the JSON and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache-rate", type=float, default=0.5)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=6, help="with a change; as many quiet ones are between them")
+    parser.add_argument("--demo", action="store_true", help="keep nothing but the picture, in this folder")
+    out_argument(parser)
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp")))
+        stage = Stage(stack, folder, options.cache_rate)
+        began_s = time.perf_counter()
+        watch: HintWatch = stack.enter_context(watching(stage.client, began_s))
+        quiet, changed, marks = run(stage, options.rounds, options.tokens, began_s)
+        history = [f"{entry.action.value} {entry.version or entry.after}" for entry in stage.admin.history()]
+        connected = stage.client.info().predictor.endpoint == stage.blue.endpoint
+    measured = summarize(quiet, changed)
+    for mark in marks:
+        print(f"  {mark.at_s:6.1f} s  {mark.name} ({mark.took_s * 1e3:.0f} ms)")
+    tpots = measured["tpot_p99_s"]
+    assert isinstance(tpots, dict), "both kinds of rounds"
+    ratio = measured["tpot_p99_ratio"]
+    print(
+        f"  interrupted {measured['interrupted']}, other tokens {measured['answers_with_other_tokens']}, TPOT p99 "
+        f"{tpots['changed'] * 1e3:.0f} ms against {tpots['quiet'] * 1e3:.0f} ms quiet ({ratio:.3f}, goal "
+        f"{GOAL}); after the kill the node is {'back' if connected else 'NOT back'} at the first service"
+    )
+    picture = Path("upgrade.png") if options.demo else RESULTS / "upgrade.png"
+    points = watch.good_pred()
+    plot(points, marks, picture)
+    if not options.demo:
+        document = {
+            "cache_rate": options.cache_rate, "num_tokens": options.tokens, **measured, "history": history,
+            "changes": [vars(mark) for mark in marks], "good_pred": points, "back_at_the_first_service": connected,
+        }  # fmt: skip
+        print(f"Written: {write_report('upgrade', document, options.out)}")
+    print(f"Drawn: {picture}")
+
+
+if __name__ == "__main__":
+    main()
