@@ -23,6 +23,7 @@ from compute_node.cache_report import CacheReport
 from compute_node.cache_stats import CacheMetrics, StepRecorder
 from compute_node.config import ComputeConfig
 from compute_node.device.choice import ChosenDevice, choose_device
+from compute_node.engine import Engine
 from compute_node.engine_choice import EnginePlan, EngineStarter
 from compute_node.expert_path import ExpertPath
 from compute_node.hint_inbox import HintInbox
@@ -136,16 +137,9 @@ class ComputeNode:
         self._publish_metrics(report)
         device = _device_report(chosen, path, config.link_bytes_per_s)
         identity = NodeIdentity(store.instance_id, self.spec, engine.kind, engine_reason, device)
-        codec = PromptCodec(
-            tokenizer, PromptLimits(self.spec.vocab_size, plan.max_context_tokens, config.max_prompt_bytes)
-        )
-        eos_token_ids = _eos_token_ids(loaded, tokenizer)
-        grammars = GrammarCompiler(tokenizer, self.spec.vocab_size, eos_token_ids)
-        self._admission = Admission(engine, self._admission_limits(), metrics)
-        answerer = Answerer(self._admission, codec, eos_token_ids, metrics, grammars)
-        model = ServedModel.of(self.spec, plan.max_context_tokens)
-        self.parts = NodeParts(model, answerer, codec, self._admission, self._registry)
-        return InferenceService(answerer, codec, self._admission, identity, report, watch.traces)
+        parts = self._open_parts(engine, loaded, tokenizer, plan.max_context_tokens, metrics)
+        self.parts, self._admission = parts, parts.admission
+        return InferenceService(parts.answerer, parts.codec, parts.admission, identity, report, watch.traces)
 
     async def drain(self) -> None:
         """Refuses new requests; finishes or, at the deadline, cancels the accepted ones."""
@@ -179,9 +173,22 @@ class ComputeNode:
         self._closers.callback(path.transfers.close)
         return path, store
 
-    def _admission_limits(self) -> AdmissionLimits:
-        config = self._config
-        return AdmissionLimits(config.max_concurrent_requests, config.max_queued_requests, config.request_deadline_s)
+    def _open_parts(
+        self,
+        engine: Engine,
+        loaded: LoadedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_context_tokens: int,
+        metrics: RequestMetrics,
+    ) -> NodeParts:
+        config, spec = self._config, self.spec
+        limits = AdmissionLimits(config.max_concurrent_requests, config.max_queued_requests, config.request_deadline_s)
+        admission = Admission(engine, limits, metrics)
+        codec = PromptCodec(tokenizer, PromptLimits(spec.vocab_size, max_context_tokens, config.max_prompt_bytes))
+        eos_token_ids = _eos_token_ids(loaded, tokenizer)
+        grammars = GrammarCompiler(tokenizer, spec.vocab_size, eos_token_ids)
+        answerer = Answerer(admission, codec, eos_token_ids, metrics, grammars)
+        return NodeParts(ServedModel.of(spec, max_context_tokens), answerer, codec, admission, self._registry)
 
     def _publish_metrics(self, report: CacheReport) -> None:
         """The Prometheus page, where one is asked for."""

@@ -135,6 +135,10 @@ class PromptCodec:
         """The answer's tokens as one text, without special tokens."""
         return self._decode(token_ids, skip_special_tokens=True)
 
+    def is_shown(self, text: str) -> bool:
+        """True when this text would be in an answer if the model wrote it; special tokens are left out."""
+        return text in self.decode(self._encode_text(text, special_tokens=False))
+
     def token_text(self, token_id: int) -> str:
         """One token for people to look at, special tokens included."""
         return self._decode([token_id], skip_special_tokens=False)

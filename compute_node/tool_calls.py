@@ -94,7 +94,18 @@ class ToolCallFormat:
         """Answers with no other calls than those that were asked for; None where any text will do."""
         if not wish.must_be_enforced:
             return None
-        alternatives = {"anyOf": [_call_schema(tool) for tool in wish.callable_tools]}
+        tools = wish.callable_tools
+        alternatives = {
+            "anyOf": [_call_schema(tool) for tool in tools],
+            # Written as templates write calls. What a schema says beyond what can be enforced is no promise unless it
+            # is strict.
+            "x-guidance": {
+                "whitespace_flexible": False,
+                "item_separator": ", ",
+                "key_separator": ": ",
+                "lenient": not any(tool.is_strict for tool in tools),
+            },
+        }
         begin, end = (json.dumps(text) for text in (f"{self.begin}\n", f"\n{self.end}"))
         call = f"%json {json.dumps(alternatives)} {end}"
         if wish.use is ToolUse.AUTO:
@@ -107,13 +118,9 @@ class ToolCallFormat:
 
 
 def _call_schema(tool: Tool) -> Mapping[str, object]:
-    arguments = dict(tool.parameters or _ANY_OBJECT)
-    if not tool.is_strict:
-        # What the schema says beyond what can be enforced was no promise.
-        arguments["x-guidance"] = {"lenient": True}
     return {
         "type": "object",
-        "properties": {"name": {"const": tool.name}, "arguments": arguments},
+        "properties": {"name": {"const": tool.name}, "arguments": tool.parameters or _ANY_OBJECT},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
@@ -134,7 +141,9 @@ def _parse_json_call(text: str) -> tuple[str, str] | None:
 
 
 def _has_json_calls(source: str) -> bool:
-    return "<tool_call>" in source and "arguments" in source and "<function=" not in source and "<arg_key>" not in source
+    return (
+        "<tool_call>" in source and "arguments" in source and "<function=" not in source and "<arg_key>" not in source
+    )
 
 
 TOOL_CALL_FORMATS: Final[Mapping[str, ToolCallFormat]] = {

@@ -27,12 +27,15 @@ from compute_node.http.app import AppSettings, build_app
 from compute_node.http.edge import EdgeRules
 from compute_node.http.health_routes import OPEN_PATHS
 from compute_node.http.http_server import HttpListener
+from compute_node.prompt import PromptLimits
 from compute_node.sampling import SampledToken
 from compute_node.step_ledger import RequestUse
 from tests.compute_node.tiny_serving import Serving, serving
+from tests.families import VOCABULARY
 
 MODEL = "tiny"
 TIMEOUT_S = 60.0
+PROMPT_LIMITS = PromptLimits(len(VOCABULARY), 500, 4096)
 
 TOOL_TEMPLATE = """\
 {%- if tools %}<|im_start|>system
@@ -153,7 +156,7 @@ def http_node(
     stop = asyncio.Event()
 
     async def serve() -> None:
-        async with serving(engine, tokenizer, limits) as behind:
+        async with serving(engine, tokenizer, limits, PROMPT_LIMITS) as behind:
             listener = HttpListener("127.0.0.1:0")
             server = listener.serve(build_app(behind.parts, settings))
             nodes.append(HttpNode(f"http://{listener.address}", behind, loop))

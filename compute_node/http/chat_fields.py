@@ -28,7 +28,7 @@ class JsonSchema(RequestFields):
     """A named schema; it is always enforced, `strict` or not."""
 
     name: str
-    schema_: Annotated[JsonObject, Field(alias="schema")] = {}
+    schema_: JsonObject = Field(default_factory=dict, alias="schema")
     description: str | None = None
     strict: bool = False
 
@@ -55,10 +55,10 @@ class ChatFields(AnswerFields):
     logprobs: bool = False
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
-    tools: list[ToolFields] = []
+    tools: list[ToolFields] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
-    modalities: list[Literal["text"]] = ["text"]
+    modalities: list[Literal["text"]] = Field(default_factory=list)
     store: Literal[False] = False
     service_tier: Literal["auto", "default"] = "auto"
     safety_identifier: str | None = None

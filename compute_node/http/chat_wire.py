@@ -83,9 +83,7 @@ class ChatChoice:
         if token is None or token.logprob is None:
             return None
         document = self._texts.document(token.token_id, token.logprob)
-        document["top_logprobs"] = [
-            self._texts.document(other.token_id, other.logprob) for other in token.alternatives
-        ]
+        document["top_logprobs"] = [self._texts.document(other.token_id, other.logprob) for other in token.alternatives]
         return document
 
     def _chunk(self, delta: JsonDocument, logprobs: JsonDocument | None) -> JsonDocument:

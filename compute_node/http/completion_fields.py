@@ -49,9 +49,7 @@ class CompletionFields(AnswerFields):
 
     def prompts(self) -> list[Prompt]:
         """In the order of the answers."""
-        return [
-            TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(tuple(prompt)) for prompt in self.prompt
-        ]
+        return [TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(tuple(prompt)) for prompt in self.prompt]
 
 
 def _is_token_id(value: object) -> bool:

@@ -24,6 +24,8 @@ def completion_router(parts: NodeParts) -> APIRouter:
     """`/v1/chat/completions` and `/v1/completions`."""
     router = APIRouter()
     chat_format = format_of(parts.codec.template.source)
+    if chat_format is not None and not parts.codec.is_shown(chat_format.begin + chat_format.end):
+        chat_format = None
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(fields: ChatFields, request: Request) -> Response:
@@ -62,9 +64,7 @@ async def _open_chat(fields: ChatFields, parts: NodeParts, known_format: ToolCal
     texts = TokenTexts(parts.codec)
     choices = [ChatChoice(index, tool_format, texts) for index in range(len(answers))]
     usage = UsageCount(len(answers[0].request.prompt_ids))
-    return CompletionReply(
-        AnswerGroup(answers), choices, new_head("chat.completion", "chatcmpl", parts.model), usage
-    )
+    return CompletionReply(AnswerGroup(answers), choices, new_head("chat.completion", "chatcmpl", parts.model), usage)
 
 
 async def _open_texts(fields: CompletionFields, parts: NodeParts) -> CompletionReply:
@@ -75,9 +75,7 @@ async def _open_texts(fields: CompletionFields, parts: NodeParts) -> CompletionR
     answers = await _open(parts, opened)
     texts = TokenTexts(parts.codec)
     has_logprobs = fields.logprobs is not None
-    choices = [
-        TextChoice(index, echoed[index // fields.n], has_logprobs, texts) for index in range(len(answers))
-    ]
+    choices = [TextChoice(index, echoed[index // fields.n], has_logprobs, texts) for index in range(len(answers))]
     usage = UsageCount(sum(len(answer.request.prompt_ids) for answer in answers[:: fields.n]))
     return CompletionReply(AnswerGroup(answers), choices, new_head("text_completion", "cmpl", parts.model), usage)
 

@@ -87,9 +87,7 @@ class Edge:
         if scope["path"] in self._rules.open_paths or scope["method"] == "OPTIONS":
             return
         if not self._rules.keys.accept(headers.get("authorization")):
-            raise ApiError(
-                401, "A valid API key is needed, as `Authorization: Bearer KEY`.", code="invalid_api_key"
-            )
+            raise ApiError(401, "A valid API key is needed, as `Authorization: Bearer KEY`.", code="invalid_api_key")
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
         most = self._rules.max_body_nbytes
@@ -130,7 +128,9 @@ class _Replay:
 
 
 def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"The request's body is too large; allowed: at most {most} bytes (compute.http_max_body_bytes).")
+    return ApiError(
+        413, f"The request's body is too large; allowed: at most {most} bytes (compute.http_max_body_bytes)."
+    )
 
 
 def _request_id(headers: Headers) -> str:

@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from compute_node.chat_template import ChatTurn, ToolCall
 from compute_node.http.request_fields import RequestFields
@@ -13,7 +13,7 @@ def _text_of(content: object) -> object:
     """A text, or the texts of a list of parts, one after the other."""
     if not isinstance(content, list):
         return content
-    texts: list[str] = []
+    texts: list[str] = Field(default_factory=list)
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
@@ -58,9 +58,9 @@ class Message(RequestFields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(_text_of)] = ""
     name: str | None = None
-    tool_calls: list[MessageToolCall] = []
+    tool_calls: list[MessageToolCall] = Field(default_factory=list)
     tool_call_id: str | None = None
-    annotations: list[None] = []
+    annotations: list[None] = Field(default_factory=list)
 
     def turn(self) -> ChatTurn:
         """For the template.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compute_node.answer import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, AnswerOptions
 from compute_node.answer_grammar import AnswerGrammar
@@ -44,18 +44,18 @@ class AnswerFields(RequestFields):
     n: int = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: list[str] = []
+    stop: list[str] = Field(default_factory=list)
     seed: int | None = None
     max_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] = {}
+    logit_bias: dict[str, float] = Field(default_factory=dict)
     user: str | None = None
     top_k: int | None = None
     repetition_penalty: float = 1.0
-    stop_token_ids: list[int] = []
+    stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
 
     @field_validator("stop", mode="before")

@@ -1,7 +1,7 @@
 """Between text and tokens, in the form that other servers of open models have for it."""
 
 from fastapi import APIRouter
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from compute_node.http.answer_wire import JsonDocument
 from compute_node.http.api_error import check_model
@@ -18,7 +18,7 @@ class TokenizeFields(RequestFields):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
-    tools: list[ToolFields] = []
+    tools: list[ToolFields] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def check_one(self) -> "TokenizeFields":

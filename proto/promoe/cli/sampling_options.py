@@ -20,7 +20,9 @@ class SamplingFlags:
     top_p: Annotated[float | None, typer.Option(help="Sample from this probability mass only, up to 1.")] = None
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None
-    presence_penalty: Annotated[float | None, typer.Option(help="Above 0 discourages words of the answer so far.")] = None
+    presence_penalty: Annotated[float | None, typer.Option(help="Above 0 discourages words of the answer so far.")] = (
+        None
+    )
     frequency_penalty: Annotated[float | None, typer.Option(help="Likewise, for each time they came.")] = None
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None
 
