@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from compute_node.compilation import execution
 from compute_node.config import ComputeConfig
+from compute_node.http.gate import HttpGate
 from compute_node.node import ComputeNode
 from compute_node.service import SERVICE_NAME
 from promoe.config import LogConfig, Settings, SettingUnfit
@@ -34,6 +35,7 @@ async def serve(config: ComputeConfig) -> None:
     # Until the event loop is free to listen, a signal ends the process at once: nothing was accepted yet.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
+    gate = HttpGate(config)
     server = RpcServer((SERVICE_NAME,))
     endpoint = server.listen(config.listen)
     stop = asyncio.Event()
@@ -48,13 +50,16 @@ async def serve(config: ComputeConfig) -> None:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         await server.start()
         await server.set_serving(True)
-        logger.info("Serving %s at %s.", node.spec.name, endpoint)
-        await stop.wait()
-        logger.info("Draining: new requests are refused.")
-        await server.set_serving(False)
-        await node.drain()
+        assert node.parts is not None, "it was started"
+        async with gate.serving(node.parts):
+            logger.info("Serving %s at %s.", node.spec.name, endpoint)
+            await stop.wait()
+            logger.info("Draining: new requests are refused.")
+            await server.set_serving(False)
+            await node.drain()
         await server.stop(grace_s=1.0)
     finally:
+        gate.close()
         node.close()
     if node.has_died:
         raise PromoeError("The engine or the store client died; the log above has the reason.")

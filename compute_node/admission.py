@@ -137,6 +137,11 @@ class Admission:
         """Requests that wait."""
         return len(self._queue)
 
+    @property
+    def refusal(self) -> str | None:
+        """Why nobody is let in any more; None while requests are."""
+        return self._refusal
+
     def admit(self, request: EngineRequest) -> AdmittedRequest:
         """Lets a request in, to run now or to wait.
 

@@ -2,19 +2,21 @@
 
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from time import perf_counter
 from typing import Final, TypeAlias
 
 from compute_node.admission import Admission, AdmittedRequest
+from compute_node.answer_grammar import AnswerGrammar, GrammarCompiler
 from compute_node.engine import EndReason, EngineRequest, RequestEnded, RequestStarted, TokenDrawn
 from compute_node.prompt import Prompt, PromptCodec
 from compute_node.request_metrics import Outcome, RequestMetrics, TokenKind
 from compute_node.sampling import SampledToken, Sampling
 from compute_node.step_ledger import RequestUse
 from compute_node.text_stream import TextPiece, TextStream
+from compute_node.token_constraint import TokenConstraint
 from promoe.errors import DeadlineExceeded, PromoeError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class AnswerOptions:
         stop_strings: the answer ends before the first of these.
         stop_token_ids: the answer ends at these, besides the model's own.
         ignore_eos: go on past the model's own end-of-sequence tokens.
+        grammar: what the answer must look like; None: anything.
 
     Raises:
         ValueError: a value out of range; the text names field, value and range.
@@ -45,8 +48,11 @@ class AnswerOptions:
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    grammar: AnswerGrammar | None = None
 
     def __post_init__(self) -> None:
+        if self.grammar is not None and self.ignore_eos:
+            raise ValueError(f"ignore_eos is True; allowed with {self.grammar.field}: False")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; allowed: 1 or more")
         for stop_string in self.stop_strings:
@@ -107,15 +113,22 @@ class Answerer:
         codec: between text and tokens.
         eos_token_ids: the model's own end-of-sequence tokens.
         metrics: told tokens, latencies and outcomes.
+        grammars: for answers that must look like something.
     """
 
     def __init__(
-        self, admission: Admission, codec: PromptCodec, eos_token_ids: frozenset[int], metrics: RequestMetrics
+        self,
+        admission: Admission,
+        codec: PromptCodec,
+        eos_token_ids: frozenset[int],
+        metrics: RequestMetrics,
+        grammars: GrammarCompiler,
     ) -> None:
         self._admission = admission
         self._codec = codec
         self._eos_token_ids = eos_token_ids
         self._metrics = metrics
+        self._grammars = grammars
 
     async def open(self, prompt: Prompt, options: AnswerOptions) -> "Answer":
         """Encodes the prompt and lets it in.
@@ -124,13 +137,39 @@ class Answerer:
             ValueError: the prompt or a stop token is not allowed.
             Overloaded, Unavailable: see `Admission.admit`.
         """
+        return (await self.open_all(prompt, [options]))[0]
+
+    async def open_all(self, prompt: Prompt, options: Sequence[AnswerOptions]) -> list["Answer"]:
+        """Several answers to one prompt, which is encoded once; all are let in, or none.
+
+        Args:
+            options: one for each answer; their grammar is the first one's.
+
+        Raises:
+            ValueError, Overloaded, Unavailable: see `open`.
+        """
         arrived_s = perf_counter()
-        vocab_size = self._codec.limits.vocab_size
-        for token_id in options.stop_token_ids:
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(f"stop_token_ids has {token_id}; allowed: 0 to {vocab_size - 1}")
+        first = options[0]
+        self._codec.check_ids(first.stop_token_ids, "stop_token_ids")
+        self._codec.check_ids(first.sampling.logit_bias, "logit_bias")
         self._admission.check_open()
+        constraints: Sequence[TokenConstraint | None] = [None] * len(options)
+        if first.grammar is not None:
+            constraints = await self._grammars.compile(first.grammar, len(options))
         prompt_ids = await self._codec.encode(prompt)
+        answers: list[Answer] = []
+        try:
+            for each, constraint in zip(options, constraints, strict=True):
+                answers.append(self._admit(prompt_ids, each, constraint, arrived_s))
+        except PromoeError:
+            for answer in answers:
+                answer.cancel()
+            raise
+        return answers
+
+    def _admit(
+        self, prompt_ids: tuple[int, ...], options: AnswerOptions, constraint: TokenConstraint | None, arrived_s: float
+    ) -> "Answer":
         max_tokens = min(options.max_tokens, self._codec.limits.max_context_tokens - len(prompt_ids))
         own_stops = frozenset() if options.ignore_eos else self._eos_token_ids
         request = EngineRequest(
@@ -139,6 +178,7 @@ class Answerer:
             max_tokens=max_tokens,
             sampling=options.sampling,
             stop_token_ids=own_stops | options.stop_token_ids,
+            constraint=constraint,
         )
         admitted = self._admission.admit(request)
         self._metrics.count_tokens(TokenKind.PROMPT, len(prompt_ids))

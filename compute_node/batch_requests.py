@@ -98,7 +98,7 @@ class BatchRequests:
     def draw(self, request_id: str, logits_V: torch.Tensor) -> SampledToken | None:
         """Draws one request's token from its row, or None when the row's own argmax is the token."""
         running = self._open.get(request_id)
-        if running is None or running.request.sampling.is_plain_argmax:
+        if running is None or running.request.is_plain_argmax:
             return None
         try:
             token = running.draw(logits_V)

@@ -42,6 +42,11 @@ class ComputeConfig:
         attach_deadline_s: how long start-up waits for the store to be filled.
         listen: gRPC endpoint to serve on; port 0 takes a free one.
         metrics_listen: `host:port` of the Prometheus page; empty for none.
+        http_listen: `host:port` of the OpenAI-compatible HTTP API; port 0 takes a free one, empty for none.
+        http_api_keys_file: keys of which clients must send one, a line each; `PROMOE_API_KEYS` may have further ones.
+        http_anonymous: others than this host may use the HTTP API without a key.
+        http_cors_origins: origins whose web pages may use the HTTP API, separated by commas.
+        http_max_body_bytes: longest body of an HTTP request.
         device: `auto`, `cuda` or `cpu`.
         engine: `auto`, `continuous` or `interleaved`.
         cache_rate: device slots divided by all experts, in (0, 1]; None: as many as the memory budget allows.
@@ -75,6 +80,11 @@ class ComputeConfig:
     attach_deadline_s: float = 1800.0
     listen: str = "127.0.0.1:50051"
     metrics_listen: str = ""
+    http_listen: str = ""
+    http_api_keys_file: Path | None = None
+    http_anonymous: bool = False
+    http_cors_origins: str = ""
+    http_max_body_bytes: int = 16 << 20
     device: DeviceChoice = DeviceChoice.AUTO
     engine: EngineChoice = EngineChoice.AUTO
     cache_rate: float | None = None
@@ -112,6 +122,7 @@ class ComputeConfig:
             "max_concurrent_requests": self.max_concurrent_requests,
             "max_batch_tokens": self.max_batch_tokens,
             "max_prompt_bytes": self.max_prompt_bytes,
+            "http_max_body_bytes": self.http_max_body_bytes,
             "chunk_bytes": self.chunk_bytes,
             "max_chunks_in_flight": self.max_chunks_in_flight,
             "link_bytes_per_s": self.link_bytes_per_s,
@@ -137,8 +148,9 @@ class ComputeConfig:
         ):
             if count is not None and count > _MAX_COUNT:
                 raise ValueError(f"compute.{name} is {count}; allowed: up to {_MAX_COUNT}")
-        if self.metrics_listen and not _is_host_and_port(self.metrics_listen):
-            raise ValueError(f"compute.metrics_listen is {self.metrics_listen!r}; expected host:port")
+        for name, address in (("metrics_listen", self.metrics_listen), ("http_listen", self.http_listen)):
+            if address and not _is_host_and_port(address):
+                raise ValueError(f"compute.{name} is {address!r}; expected host:port")
         endpoint = self.predictor_endpoint
         if endpoint and not endpoint.startswith("unix:") and not _is_host_and_port(endpoint):
             raise ValueError(f"compute.predictor_endpoint is {endpoint!r}; expected unix:PATH or host:port")

@@ -7,6 +7,7 @@ from typing import Protocol, TypeAlias
 
 from compute_node.sampling import SampledToken, Sampling
 from compute_node.step_ledger import Phase, RequestUse
+from compute_node.token_constraint import TokenConstraint
 from promoe.errors import PromoeError
 
 
@@ -27,6 +28,7 @@ class EngineRequest:
         max_tokens: tokens to draw at most, the ending one included.
         sampling: how to draw.
         stop_token_ids: tokens that end the answer (the model's own end of sequence among them unless ignored).
+        constraint: which tokens may come; this request's own.
     """
 
     request_id: str
@@ -34,6 +36,12 @@ class EngineRequest:
     max_tokens: int
     sampling: Sampling
     stop_token_ids: frozenset[int]
+    constraint: TokenConstraint | None = None
+
+    @property
+    def is_plain_argmax(self) -> bool:
+        """True when the model's own argmax is the whole answer, so that an engine need not look at the row."""
+        return self.sampling.is_plain_argmax and self.constraint is None
 
 
 class EndReason(Enum):

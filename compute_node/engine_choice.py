@@ -109,6 +109,12 @@ class EngineStarter:
             self._model, self._ledger, self._plan.max_request_tokens, self._observe_step, self._on_death
         )
         engine.start()
+        # Ready is who has computed a token through the experts; this engine has nothing to compare it with.
+        try:
+            _draw_one(engine)
+        except PromoeError:
+            engine.stop()
+            raise
         return engine
 
     def _try_continuous(self) -> tuple[Engine | None, str]:
@@ -196,6 +202,21 @@ class EngineStarter:
     def _continuous_died(self) -> None:
         if not self._is_probing:
             self._on_death()
+
+
+def _draw_one(engine: Engine) -> None:
+    """Raises what keeps the engine from giving a token."""
+    events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
+    engine.submit(EngineRequest(_PROBE_ID, _PROBE_PROMPT, 1, Sampling(), frozenset()), events.put)
+    while True:
+        try:
+            event = events.get(timeout=_PROBE_DEADLINE_S)
+        except queue.Empty:
+            raise InternalError(f"The engine gave no token within {_PROBE_DEADLINE_S:g} s.") from None
+        if isinstance(event, RequestFailed):
+            raise event.error
+        if isinstance(event, RequestEnded):
+            return
 
 
 def _first_line(error: BaseException) -> str:

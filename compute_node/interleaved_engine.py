@@ -206,7 +206,7 @@ class InterleavedEngine:
         # Families without a default cache class make their own at the first pass.
         turn.kv_cache = output.past_key_values
         logits_V = output.logits[0, -1].float()
-        if turn.running.request.sampling.is_plain_argmax:
+        if turn.running.request.is_plain_argmax:
             return SampledToken(int(logits_V.argmax()))
         return turn.running.draw(logits_V)
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compute_node.admission import Admission, AdmissionLimits
 from compute_node.answer import Answerer
+from compute_node.answer_grammar import GrammarCompiler
 from compute_node.batch_loop import BatchLimits
 from compute_node.cache_report import CacheReport
 from compute_node.cache_stats import CacheMetrics, StepRecorder
@@ -27,6 +28,8 @@ from compute_node.engine_choice import EnginePlan, EngineStarter
 from compute_node.expert_path import ExpertPath
 from compute_node.hint_inbox import HintInbox
 from compute_node.hint_metrics import HintCollector
+from compute_node.http.answer_wire import ServedModel
+from compute_node.http.node_parts import NodeParts
 from compute_node.memory_plan import MemoryNeeds, MemoryPlan, plan_memory
 from compute_node.model_loader import LoadedModel, load_model
 from compute_node.node_report import NodeIdentity
@@ -59,6 +62,7 @@ class ComputeNode:
     Attributes:
         has_died: the engine or the store client ended without having been stopped.
         experts_modules: by MoE layer, for watching the routing; empty before `start`.
+        parts: what the HTTP API stands on; None before `start`.
 
     Raises:
         PackDamaged, ModelNotFound: there is no usable pack.
@@ -72,6 +76,7 @@ class ComputeNode:
         self._admission: Admission | None = None
         self.has_died = False
         self.experts_modules: tuple[nn.Module, ...] = ()
+        self.parts: NodeParts | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -132,12 +137,9 @@ class ComputeNode:
         self._publish_metrics(report)
         device = _device_report(chosen, path, config.link_bytes_per_s)
         identity = NodeIdentity(store.instance_id, self.spec, engine.kind, engine_reason, device)
-        codec = PromptCodec(
-            tokenizer, PromptLimits(self.spec.vocab_size, plan.max_context_tokens, config.max_prompt_bytes)
-        )
-        answerer = self._open_admission(engine, codec, _eos_token_ids(loaded, tokenizer), metrics)
-        assert self._admission is not None, "it was opened just now"
-        return InferenceService(answerer, codec, self._admission, identity, report, watch.traces)
+        parts = self._open_parts(engine, loaded, tokenizer, plan.max_context_tokens, metrics)
+        self.parts, self._admission = parts, parts.admission
+        return InferenceService(parts.answerer, parts.codec, parts.admission, identity, report, watch.traces)
 
     async def drain(self) -> None:
         """Refuses new requests; finishes or, at the deadline, cancels the accepted ones."""
@@ -171,16 +173,22 @@ class ComputeNode:
         self._closers.callback(path.transfers.close)
         return path, store
 
-    def _open_admission(
-        self, engine: Engine, codec: PromptCodec, eos_token_ids: frozenset[int], metrics: RequestMetrics
-    ) -> Answerer:
-        config = self._config
-        self._admission = Admission(
-            engine,
-            AdmissionLimits(config.max_concurrent_requests, config.max_queued_requests, config.request_deadline_s),
-            metrics,
-        )
-        return Answerer(self._admission, codec, eos_token_ids, metrics)
+    def _open_parts(
+        self,
+        engine: Engine,
+        loaded: LoadedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_context_tokens: int,
+        metrics: RequestMetrics,
+    ) -> NodeParts:
+        config, spec = self._config, self.spec
+        limits = AdmissionLimits(config.max_concurrent_requests, config.max_queued_requests, config.request_deadline_s)
+        admission = Admission(engine, limits, metrics)
+        codec = PromptCodec(tokenizer, PromptLimits(spec.vocab_size, max_context_tokens, config.max_prompt_bytes))
+        eos_token_ids = _eos_token_ids(loaded, tokenizer)
+        grammars = GrammarCompiler(tokenizer, spec.vocab_size, eos_token_ids)
+        answerer = Answerer(admission, codec, eos_token_ids, metrics, grammars)
+        return NodeParts(ServedModel.of(spec, max_context_tokens), answerer, codec, admission, self._registry)
 
     def _publish_metrics(self, report: CacheReport) -> None:
         """The Prometheus page, where one is asked for."""

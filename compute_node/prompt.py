@@ -4,12 +4,14 @@ Encoding or decoding a long text takes seconds: that is done in a worker thread,
 """
 
 import asyncio
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
+
+from compute_node.chat_template import ChatTemplate, ChatTurn
 
 MAX_CHAT_MESSAGES: Final = 4096
 
@@ -22,18 +24,16 @@ class TextPrompt:
 
 
 @dataclass(frozen=True)
-class ChatTurn:
-    """One message of a chat."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
 class ChatPrompt:
-    """Rendered with the model's chat template, ready for the assistant's answer."""
+    """Rendered with the model's chat template, ready for the assistant's answer.
+
+    Attributes:
+        turns: the messages so far.
+        tools: what the assistant may call, each a JSON schema as chat templates want it.
+    """
 
     turns: tuple[ChatTurn, ...]
+    tools: tuple[Mapping[str, object], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class PromptCodec:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: PromptLimits) -> None:
         self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
         self._limits = limits
         # Fast tokenizers drop their file's truncation and padding at the first call, and must not do so while another
         # thread is encoding.
@@ -80,6 +81,17 @@ class PromptCodec:
     def limits(self) -> PromptLimits:
         """What a prompt may be."""
         return self._limits
+
+    @property
+    def template(self) -> ChatTemplate:
+        """How chats become text."""
+        return self._template
+
+    def check_ids(self, token_ids: Iterable[int], field: str) -> None:
+        """Raises ValueError for a token that is not in the vocabulary; the text names `field`."""
+        for token_id in token_ids:
+            if not 0 <= token_id < self._limits.vocab_size:
+                raise ValueError(f"{field} has {token_id}; allowed: 0 to {self._limits.vocab_size - 1}")
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's tokens, at least one.
@@ -96,7 +108,7 @@ class PromptCodec:
                 f"prompt has {len(token_ids)} tokens; allowed: fewer than the context's "
                 f"{self._limits.max_context_tokens}, so that at least one token of an answer fits"
             )
-        self._check_ids(token_ids, "prompt.token_ids")
+        self.check_ids(token_ids, "prompt.token_ids")
         return token_ids
 
     async def tokenize(self, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
@@ -123,6 +135,10 @@ class PromptCodec:
         """The answer's tokens as one text, without special tokens."""
         return self._decode(token_ids, skip_special_tokens=True)
 
+    def is_shown(self, text: str) -> bool:
+        """True when this text would be in an answer if the model wrote it; special tokens are left out."""
+        return text in self.decode(self._encode_text(text, special_tokens=False))
+
     def token_text(self, token_id: int) -> str:
         """One token for people to look at, special tokens included."""
         return self._decode([token_id], skip_special_tokens=False)
@@ -137,7 +153,7 @@ class PromptCodec:
     def _check_size(self, prompt: Prompt) -> None:
         if isinstance(prompt, TokenPrompt):
             return
-        texts = [prompt.text] if isinstance(prompt, TextPrompt) else [turn.content for turn in prompt.turns]
+        texts = [prompt.text] if isinstance(prompt, TextPrompt) else _texts_of(prompt)
         # A character takes at least one byte: what is too long by far is refused without being encoded.
         nbytes = sum(map(len, texts))
         if nbytes <= self._limits.max_prompt_bytes:
@@ -147,33 +163,22 @@ class PromptCodec:
         if not any(texts):
             raise ValueError("prompt is empty; allowed: a text, a chat with at least one message, or token ids")
 
-    def _check_ids(self, token_ids: Sequence[int], field: str) -> None:
-        for token_id in token_ids:
-            if not 0 <= token_id < self._limits.vocab_size:
-                raise ValueError(f"{field} has {token_id}; allowed: 0 to {self._limits.vocab_size - 1}")
-
     def _detokenize(self, token_ids: Sequence[int]) -> str:
-        self._check_ids(token_ids, "token_ids")
+        self.check_ids(token_ids, "token_ids")
         return self.decode(token_ids)
 
     def _tokenize(self, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
         if isinstance(prompt, TextPrompt):
             return self._encode_text(prompt.text, special_tokens=True)
-        return self._encode_text(self._render(prompt), special_tokens=False)
-
-    def _render(self, chat: ChatPrompt) -> str:
-        if self._tokenizer.chat_template is None:
-            raise ValueError("prompt.chat is set, but this model has no chat template; allowed: text or token_ids")
-        messages = [{"role": turn.role, "content": turn.content} for turn in chat.turns]
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"prompt.chat is not what the model's chat template allows: {error}") from error
-        assert isinstance(text, str), "one chat renders to one text"
-        return text
+        return self._encode_text(self._template.render(prompt.turns, prompt.tools), special_tokens=False)
 
     def _encode_text(self, text: str, special_tokens: bool) -> tuple[int, ...]:
         # `verbose` would warn about texts longer than the model's context, which are refused elsewhere.
         token_ids = self._tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
         assert isinstance(token_ids, list), "one text encodes to one list"
         return tuple(int(token_id) for token_id in token_ids)
+
+
+def _texts_of(chat: ChatPrompt) -> list[str]:
+    calls = [text for turn in chat.turns for call in turn.tool_calls for text in (call.name, call.arguments_json)]
+    return [*(turn.content for turn in chat.turns), *calls, *map(json.dumps, chat.tools)]

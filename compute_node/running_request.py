@@ -41,7 +41,8 @@ class RunningRequest:
     def draw(self, logits_V: torch.Tensor) -> SampledToken:
         """Draws from float32 logits of shape (V,); does not announce."""
         if self._sampler is None:
-            self._sampler = RowSampler(self.request.sampling, self.request.prompt_ids)
+            request = self.request
+            self._sampler = RowSampler(request.sampling, request.prompt_ids, request.constraint)
         return self._sampler.draw(logits_V)
 
     def accept(self, token: SampledToken) -> EndReason | None:

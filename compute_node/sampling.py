@@ -4,8 +4,9 @@ Shape suffixes: V vocabulary. Both engines sample through here, so that the same
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -17,6 +18,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from compute_node.logit_offsets import LogitOffsets, check_offsets
+from compute_node.token_constraint import TokenConstraint
 from promoe.errors import InternalError
 
 # Logits divided by less than these could leave float32's range: one request's numbers would fail the whole step.
@@ -26,6 +29,14 @@ MAX_TEMPERATURE: Final = 5.0
 MAX_REPETITION_PENALTY: Final = 5.0
 MAX_TOP_LOGPROBS: Final = 20
 MAX_SEED: Final = 2**64 - 1
+
+_DRAWN_SEED_BITS: Final = 32
+"""A seed that a person can read off and type again."""
+
+
+def draw_seed() -> int:
+    """For a request that brings none."""
+    return secrets.randbits(_DRAWN_SEED_BITS)
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,9 @@ class Sampling:
         seed: start of the request's own random numbers.
         repetition_penalty: divides (or multiplies) the logits of tokens that are in the prompt or the answer.
         top_logprobs: alternatives to report with each token's log probability; None: no log probabilities.
+        presence_penalty: subtracted from the logits of tokens that are in the answer.
+        frequency_penalty: subtracted from a token's logit for each time it is in the answer.
+        logit_bias: added to the logits, by token.
 
     Raises:
         ValueError: a value out of range; the text names field, value and range.
@@ -50,6 +64,9 @@ class Sampling:
     seed: int = 0
     repetition_penalty: float = 1.0
     top_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= MAX_TEMPERATURE:
@@ -69,16 +86,23 @@ class Sampling:
             )
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise ValueError(f"top_logprobs is {self.top_logprobs}; allowed: 0 to {MAX_TOP_LOGPROBS}")
+        check_offsets(self.logit_bias, self.presence_penalty, self.frequency_penalty)
 
     @property
     def is_greedy(self) -> bool:
-        """True when the most likely token (after the penalty) is always taken."""
+        """True when the most likely token (after penalties and bias) is always taken."""
         return self.temperature == 0
 
     @property
     def is_plain_argmax(self) -> bool:
         """True when the model's own argmax is the whole answer, so that an engine need not look at the row."""
-        return self.is_greedy and self.repetition_penalty == 1 and self.top_logprobs is None
+        return (
+            self.is_greedy
+            and self.repetition_penalty == 1
+            and self.top_logprobs is None
+            and self.presence_penalty == self.frequency_penalty == 0
+            and not self.logit_bias
+        )
 
 
 @dataclass(frozen=True)
@@ -107,17 +131,24 @@ class SampledToken:
 class RowSampler:
     """Draws one request's tokens, one row of logits after the other.
 
-    The filters are the classes that `generate` uses, in its order. The draw inverts the cumulative distribution at one
-    number of the request's own CPU generator: no other request, batch or device can shift its random numbers.
+    The filters are the classes that `generate` uses, in its order; after its repetition penalty come presence and
+    frequency penalties and the bias, then what a constraint forbids. The draw inverts the cumulative distribution at
+    one number of the request's own CPU generator: no other request, batch or device can shift its random numbers.
 
     Args:
         sampling: the request's parameters.
         prompt_ids: tokens that the repetition penalty has seen before the first draw.
+        constraint: which tokens may come; None: all.
     """
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt_ids: Sequence[int], constraint: TokenConstraint | None = None
+    ) -> None:
         self._sampling = sampling
-        self._processors = _processors(sampling)
+        self._constraint = constraint
+        self._offsets = LogitOffsets(sampling.logit_bias, sampling.presence_penalty, sampling.frequency_penalty)
+        self._repetition = _repetition(sampling)
+        self._filters = _filters(sampling)
         self._generator = torch.Generator().manual_seed(sampling.seed)
         # The penalty depends on which tokens were seen, not how often: a set stays small in long answers.
         self._seen = set(prompt_ids) if sampling.repetition_penalty != 1 else set()
@@ -130,7 +161,12 @@ class RowSampler:
             InternalError: the logits are not numbers.
         """
         self._seen_ids_1S = self._seen_ids_1S.to(logits_V.device)
-        scores_V = self._processors(self._seen_ids_1S, logits_V[None])[0]  # type: ignore[arg-type]
+        seen_ids_1S: torch.LongTensor = self._seen_ids_1S  # type: ignore[assignment]
+        scores_V: torch.Tensor = self._repetition(seen_ids_1S, logits_V[None])[0]
+        scores_V = self._offsets.add_to(scores_V)
+        if self._constraint is not None:
+            scores_V = self._constraint.forbid(scores_V)
+        scores_V = self._filters(seen_ids_1S, scores_V[None])[0]
         token_id = int(scores_V.argmax()) if self._sampling.is_greedy else self._invert(scores_V)
         self._remember(token_id)
         if self._sampling.top_logprobs is None:
@@ -150,17 +186,25 @@ class RowSampler:
         return int(drawn)
 
     def _remember(self, token_id: int) -> None:
+        self._offsets.count(token_id)
+        if self._constraint is not None:
+            self._constraint.accept(token_id)
         if self._sampling.repetition_penalty != 1 and token_id not in self._seen:
             self._seen.add(token_id)
             new_id_11 = self._seen_ids_1S.new_tensor([[token_id]])
             self._seen_ids_1S = torch.cat((self._seen_ids_1S, new_id_11), dim=1)
 
 
-def _processors(sampling: Sampling) -> LogitsProcessorList:
-    """The order of `GenerationMixin._get_logits_processor`."""
+def _repetition(sampling: Sampling) -> LogitsProcessorList:
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    return processors
+
+
+def _filters(sampling: Sampling) -> LogitsProcessorList:
+    """The order of `GenerationMixin._get_logits_processor`."""
+    processors = LogitsProcessorList()
     if sampling.is_greedy:
         return processors
     if sampling.temperature != 1:

@@ -1,6 +1,5 @@
 """The Inference service: wire messages in and out, nothing else."""
 
-import secrets
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -20,10 +19,12 @@ from compute_node.answer import (
     FinishReason,
     Usage,
 )
+from compute_node.chat_template import ChatTurn
 from compute_node.engine import EngineKind
+from compute_node.logit_offsets import MAX_BIASED_TOKENS
 from compute_node.node_report import CacheReporter, NodeIdentity
-from compute_node.prompt import MAX_CHAT_MESSAGES, ChatPrompt, ChatTurn, Prompt, PromptCodec, TextPrompt, TokenPrompt
-from compute_node.sampling import MAX_TOP_LOGPROBS, SampledToken, Sampling
+from compute_node.prompt import MAX_CHAT_MESSAGES, ChatPrompt, Prompt, PromptCodec, TextPrompt, TokenPrompt
+from compute_node.sampling import MAX_TOP_LOGPROBS, SampledToken, Sampling, draw_seed
 from compute_node.step_ledger import ExpertUse
 from compute_node.trace_recorder import TraceBeginning, TraceRecorder, TraceWish
 from promoe import node_report
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
     _Context: TypeAlias = grpc.aio.ServicerContext[Message, Message]
 
 SERVICE_NAME: Final = "promoe.v1.Inference"
-
-_DRAWN_SEED_BITS: Final = 32
-"""A seed that a person can read off and type again."""
 
 _ENGINE_TO_WIRE: Final = {
     EngineKind.CONTINUOUS: inference_pb2.ENGINE_KIND_CONTINUOUS,
@@ -237,13 +235,17 @@ def _decode_chat(chat: inference_pb2.Chat) -> ChatPrompt:
 def _decode_options(params: inference_pb2.SamplingParams) -> AnswerOptions:
     _refuse_more_than(MAX_STOP_STRINGS, len(params.stop_strings), "stop_strings")
     _refuse_more_than(MAX_STOP_TOKEN_IDS, len(params.stop_token_ids), "stop_token_ids")
+    _refuse_more_than(MAX_BIASED_TOKENS, len(params.logit_bias), "logit_bias")
     sampling = Sampling(
         temperature=params.temperature,
         top_k=params.top_k if params.HasField("top_k") else None,
         top_p=params.top_p if params.HasField("top_p") else 1.0,
-        seed=params.seed if params.HasField("seed") else secrets.randbits(_DRAWN_SEED_BITS),
+        seed=params.seed if params.HasField("seed") else draw_seed(),
         repetition_penalty=params.repetition_penalty if params.HasField("repetition_penalty") else 1.0,
         top_logprobs=params.top_logprobs if params.HasField("top_logprobs") else None,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=dict(params.logit_bias),
     )
     return AnswerOptions(
         sampling=sampling,

@@ -96,10 +96,11 @@ class StopMatcher:
 
     def _num_possible(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
-        return max((_overlap(self._held, stop_string) for stop_string in self._stop_strings), default=0)
+        return max((overlap(self._held, stop_string) for stop_string in self._stop_strings), default=0)
 
 
-def _overlap(text: str, stop_string: str) -> int:
+def overlap(text: str, stop_string: str) -> int:
+    """Length of the longest end of the text that begins the stop string without being all of it."""
     for length in range(min(len(text), len(stop_string) - 1), 0, -1):
         if text.endswith(stop_string[:length]):
             return length

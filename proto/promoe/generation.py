@@ -27,6 +27,9 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     top_logprobs: int
     ignore_eos: bool
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
 
 
 class FinishReason(Enum):
@@ -238,6 +241,8 @@ def _encode_options(options: GenerateOptions) -> inference_pb2.SamplingParams:
                 if isinstance(value, str):
                     raise TypeError("one text is not a list of them")
                 getattr(sampling, name).extend(value)
+            elif name == "logit_bias":
+                sampling.logit_bias.update(options["logit_bias"])
             else:
                 setattr(sampling, name, value)
         except (TypeError, ValueError) as error:

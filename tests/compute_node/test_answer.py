@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compute_node.admission import Admission, AdmissionLimits
 from compute_node.answer import Answer, Answerer, AnswerEvent, AnswerOptions, Delta, Finish, FinishReason
+from compute_node.answer_grammar import GrammarCompiler
 from compute_node.engine import EndReason, RequestStarted
 from compute_node.prompt import PromptCodec, PromptLimits, TextPrompt, TokenPrompt
 from compute_node.request_metrics import RequestMetrics
@@ -39,7 +40,9 @@ class Desk:
         metrics = RequestMetrics(self.registry)
         self.admission = Admission(self.engine, AdmissionLimits(1, 0, 60.0), metrics)
         codec = PromptCodec(tokenizer, PromptLimits(len(VOCABULARY), CONTEXT, 1000))
-        self.answerer = Answerer(self.admission, codec, frozenset({END_OF_TURN_ID}), metrics)
+        eos_token_ids = frozenset({END_OF_TURN_ID})
+        grammars = GrammarCompiler(tokenizer, len(VOCABULARY), eos_token_ids)
+        self.answerer = Answerer(self.admission, codec, eos_token_ids, metrics, grammars)
 
     async def open(self, options: AnswerOptions) -> Answer:
         """An answer to a prompt of two tokens, at its first step."""

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute_node.prompt import ChatPrompt, ChatTurn, Prompt, PromptCodec, PromptLimits, TextPrompt, TokenPrompt
+from compute_node.chat_template import ChatTurn
+from compute_node.prompt import ChatPrompt, Prompt, PromptCodec, PromptLimits, TextPrompt, TokenPrompt
 from tests.compute_node.tiny_serving import load_tokenizer
 from tests.families import VOCABULARY
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from compute_node.admission import Admission, AdmissionLimits
 from compute_node.answer import Answerer
+from compute_node.answer_grammar import GrammarCompiler
 from compute_node.batch_loop import BatchLimits
 from compute_node.continuous_engine import ContinuousEngine
 from compute_node.engine import (
@@ -26,6 +27,8 @@ from compute_node.engine import (
     TokenDrawn,
 )
 from compute_node.expert_cache import CacheSnapshot
+from compute_node.http.answer_wire import ServedModel
+from compute_node.http.node_parts import NodeParts
 from compute_node.interleaved_engine import InterleavedEngine
 from compute_node.node_report import NodeIdentity
 from compute_node.prompt import PromptCodec, PromptLimits
@@ -321,6 +324,7 @@ class Serving:
     admission: Admission
     registry: CollectorRegistry
     traces: TraceRecorder
+    parts: NodeParts
 
 
 @asynccontextmanager
@@ -335,7 +339,9 @@ async def serving(
     metrics = RequestMetrics(registry)
     codec = PromptCodec(tokenizer, prompt_limits or PromptLimits(len(VOCABULARY), 256, 4096))
     admission = Admission(engine, limits or AdmissionLimits(8, 8, 60.0), metrics)
-    answerer = Answerer(admission, codec, frozenset({END_OF_TURN_ID}), metrics)
+    eos_token_ids = frozenset({END_OF_TURN_ID})
+    grammars = GrammarCompiler(tokenizer, len(VOCABULARY), eos_token_ids)
+    answerer = Answerer(admission, codec, eos_token_ids, metrics, grammars)
     device = DeviceInfo(
         kind="cpu", name="a CPU", reason="It was asked for.", link="memcpy", emulated_link_bytes_per_s=None
     )
@@ -349,7 +355,8 @@ async def serving(
     await server.start()
     await server.set_serving(True)
     async with grpc.aio.insecure_channel(endpoint) as channel:
-        yield Serving(inference_pb2_grpc.InferenceStub(channel), endpoint, admission, registry, traces)
+        parts = NodeParts(ServedModel.of(SPEC, codec.limits.max_context_tokens), answerer, codec, admission, registry)
+        yield Serving(inference_pb2_grpc.InferenceStub(channel), endpoint, admission, registry, traces, parts)
     await admission.drain(EVENT_DEADLINE_S)
     await server.stop(grace_s=0)
     await asyncio.sleep(0)

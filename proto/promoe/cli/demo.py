@@ -13,6 +13,7 @@ import typer
 from promoe.cli.console import output_console, state_console
 from promoe.cli.contest import Ring, corners_up, plan_corner
 from promoe.cli.demo_comparison import CONTESTANTS, Comparison, compare, emulated_link, summary
+from promoe.cli.http_address import NO_HTTP
 from promoe.cli.options import RunDirOption
 from promoe.cli.run_dir import RunDir
 from promoe.cli.stack import Stack
@@ -49,6 +50,7 @@ def demo(flags: DemoFlags) -> None:
             cache_rate=1.0,
             device=flags.device,
             listen=f"unix:{run_dir.path / 'node.sock'}",
+            http=NO_HTTP,
             predictor=NO_PREDICTOR,
             demo_wheel=flags.wheel,
         )

@@ -36,6 +36,7 @@ class StackState:
         model: what was asked for, as text.
         pack: the pack's folder.
         started_unix_s: wall-clock time of the start.
+        http_url: where clients on this machine find the HTTP API; empty for none.
     """
 
     pid: int
@@ -45,6 +46,7 @@ class StackState:
     model: str
     pack: str
     started_unix_s: float
+    http_url: str = ""
 
 
 def default_run_dir() -> Path:

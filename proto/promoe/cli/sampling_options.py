@@ -20,6 +20,10 @@ class SamplingFlags:
     top_p: Annotated[float | None, typer.Option(help="Sample from this probability mass only, up to 1.")] = None
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None
+    presence_penalty: Annotated[float | None, typer.Option(help="Above 0 discourages words of the answer so far.")] = (
+        None
+    )
+    frequency_penalty: Annotated[float | None, typer.Option(help="Likewise, for each time they came.")] = None
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None
 
     def generate_options(self) -> GenerateOptions:
@@ -37,6 +41,10 @@ class SamplingFlags:
             options["seed"] = self.seed
         if self.repetition_penalty is not None:
             options["repetition_penalty"] = self.repetition_penalty
+        if self.presence_penalty is not None:
+            options["presence_penalty"] = self.presence_penalty
+        if self.frequency_penalty is not None:
+            options["frequency_penalty"] = self.frequency_penalty
         if self.stop:
             options["stop_strings"] = self.stop
         return options

@@ -148,6 +148,8 @@ class Stack:
             self._stop.wait(_POLL_S)
         self._wait_for_predictor()
         self._show_ready()
+        if self.plan.http_sentence:
+            self._view.note(self.plan.http_sentence)
         return True
 
     def _wait_for_predictor(self) -> None:
@@ -239,6 +241,7 @@ class Stack:
             model=pack.model,
             pack=str(pack.pack_dir),
             started_unix_s=self._started_unix_s,
+            http_url=self.plan.http_url,
         )
 
 

@@ -32,6 +32,8 @@ class StackPlan:
         store: the expert store's command.
         node: the compute node's command.
         predictor: the predictor service's command; None when the node is to have none, or one that runs elsewhere.
+        http_url: where clients on this machine find the HTTP API; empty for none.
+        http_sentence: the same for people, with what is to be said about it.
     """
 
     pack: PackPlan
@@ -39,6 +41,8 @@ class StackPlan:
     store: ServiceCommand
     node: ServiceCommand
     predictor: ServiceCommand | None = None
+    http_url: str = ""
+    http_sentence: str = ""
 
 
 def plan_stack(pack: PackPlan, run_dir: RunDir, config: Path | None, assignments: Sequence[str]) -> StackPlan:
@@ -49,7 +53,7 @@ def plan_stack(pack: PackPlan, run_dir: RunDir, config: Path | None, assignments
         InvalidInput: the address to listen on is none.
     """
     settings = Settings(config, assignments)
-    listen = _with_port(settings.asked("compute", "listen", str) or DEFAULT_LISTEN)
+    listen = with_free_port(settings.asked("compute", "listen", str) or DEFAULT_LISTEN)
     asked = (*(("--config", str(config.absolute())) if config else ()), *_set_flags(assignments))
     needs = {
         **dict.fromkeys(("store.pack", "compute.pack", "predictor.pack"), str(pack.pack_dir)),
@@ -72,7 +76,7 @@ def plan_stack(pack: PackPlan, run_dir: RunDir, config: Path | None, assignments
 
     return StackPlan(
         pack=pack,
-        endpoint=_reachable(listen),
+        endpoint=reachable(listen),
         store=command("expert store", "expert_store", "store", _STORE_STOP_DEADLINE_S),
         node=command("compute node", "compute_node", "compute", _NODE_STOP_DEADLINE_S),
         predictor=command("predictor", "predictor_service", "predictor", _PREDICTOR_STOP_DEADLINE_S)
@@ -87,8 +91,12 @@ def _wants_predictor(settings: Settings) -> bool:
     return not is_elsewhere and settings.asked("predictor", "predictor", str) != NO_PREDICTOR
 
 
-def check_port_free(endpoint: str) -> None:
+def check_port_free(endpoint: str, flag: str = "--listen") -> None:
     """Finds out before minutes of packing and filling.
+
+    Args:
+        endpoint: `host:port`; a unix socket is nothing to find out about.
+        flag: what gives another one.
 
     Raises:
         AlreadyRunning: somebody listens there.
@@ -103,7 +111,7 @@ def check_port_free(endpoint: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise AlreadyRunning(
-                f"{endpoint} cannot be listened on ({error.strerror}); give another --listen."
+                f"{endpoint} cannot be listened on ({error.strerror}); give another {flag}."
             ) from error
 
 
@@ -123,8 +131,8 @@ def _split(listen: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _with_port(listen: str) -> str:
-    """Takes a free port where port 0 asks for one, so that clients can be told before the node is up."""
+def with_free_port(listen: str) -> str:
+    """The address, with a free port where port 0 asks for one: so clients can be told before the node is up."""
     if listen.startswith("unix:"):
         return listen
     host, port = _split(listen)
@@ -135,7 +143,7 @@ def _with_port(listen: str) -> str:
     return f"{listen.rpartition(':')[0]}:{port}"
 
 
-def _reachable(listen: str) -> str:
+def reachable(listen: str) -> str:
     """Listening on every interface is reached over the loopback one."""
     for everywhere, loopback in (("0.0.0.0:", "127.0.0.1:"), ("[::]:", "[::1]:")):
         if listen.startswith(everywhere):

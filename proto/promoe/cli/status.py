@@ -82,6 +82,8 @@ def _table(report: StackReport) -> Table:
     if report.stack is not None:
         stack = report.stack
         table.add_row("stack", f"{stack.phase}, up {format_s(uptime_s(stack))} (process {stack.pid})")
+        if stack.http_url:
+            table.add_row("http", stack.http_url)
     else:
         table.add_row("stack", "none was started here with `promoe up`")
     if report.node is not None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
 from promoe.cli.console import state_console
+from promoe.cli.http_address import plan_http
 from promoe.cli.options import RunDirOption, rate, size
 from promoe.cli.pack_cache import DEMO_MODEL, plan_pack
 from promoe.cli.run_dir import RunDir
@@ -16,6 +17,7 @@ from promoe.cli.stack import Stack
 from promoe.cli.stack_plan import StackPlan, check_port_free, plan_stack
 from promoe.cli.stack_view import StackView, view_for
 from promoe.cli.stop_signals import StopSignals
+from promoe.config import Settings
 
 _WATCH_INTERVAL_S: Final = 0.2
 
@@ -38,6 +40,13 @@ class UpOptions:
     device: Annotated[str | None, typer.Option(help="auto, cuda or cpu.")] = None
     dtype: Annotated[str | None, typer.Option(help="Number format to pack in: bfloat16, float16 or float32.")] = None
     listen: Annotated[str | None, typer.Option(help="Address to serve on: host:port or unix:PATH.")] = None
+    http: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Address of the OpenAI-compatible HTTP API, or none; 127.0.0.1:8080 or a free port when not given.",
+        ),
+    ] = None
     link_bytes_per_s: Annotated[
         int | None,
         typer.Option(parser=rate, metavar="RATE", help="Plays a slower link on the CPU, for example 25GB/s."),
@@ -67,9 +76,12 @@ class UpOptions:
         return (*(self.settings or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None))
 
     def plan(self, run_dir: RunDir) -> StackPlan:
-        """What to run; see plan_pack and plan_stack for the errors."""
+        """What to run; see plan_pack, plan_http and plan_stack for the errors."""
         pack = plan_pack(self.model, self.dtype, self.demo_wheel)
-        return plan_stack(pack, run_dir, self.config, self.assignments())
+        assignments = self.assignments()
+        http = plan_http(self.http or Settings(self.config, assignments).asked("compute", "http_listen", str))
+        plan = plan_stack(pack, run_dir, self.config, (*assignments, f"compute.http_listen={http.listen}"))
+        return replace(plan, http_url=http.url, http_sentence=http.sentence())
 
 
 @contextmanager

@@ -1,0 +1,117 @@
+"""What an answer must look like, enforced token by token: grammars compiled by llguidance against the tokenizer.
+
+Shape suffixes: V vocabulary.
+"""
+
+import asyncio
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import llguidance.hf
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from compute_node.token_constraint import TokenConstraint
+from promoe.errors import InternalError
+
+_SILENT: Final = 0
+
+_WHITE_SPACE: Final = r"[ \n\r\t]{0,64}"
+"""Bounded: a model that is lost would else go on with white space for ever, which JSON allows."""
+
+
+@dataclass(frozen=True)
+class AnswerGrammar:
+    """A grammar, as llguidance reads it.
+
+    Attributes:
+        text: its source.
+        field: what the caller calls it, for errors.
+    """
+
+    text: str
+    field: str
+
+    @classmethod
+    def of_json_schema(cls, schema: Mapping[str, object], field: str) -> "AnswerGrammar":
+        """JSON that the schema allows; `{"type": "object"}` is any object."""
+        text = json.dumps(schema)
+        return cls(LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITE_SPACE}), field)
+
+    @classmethod
+    def of_lark(cls, lark: str, field: str) -> "AnswerGrammar":
+        """See llguidance's documentation of its Lark dialect."""
+        return cls(LLMatcher.grammar_from_lark(lark), field)
+
+
+class GrammarCompiler:
+    """Makes constraints of grammars. The tokenizer is prepared at the first use, which takes a second.
+
+    Args:
+        tokenizer: the model's own.
+        vocab_size: rows of the model's embedding.
+        eos_token_ids: what may come when the grammar is satisfied.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._prepared: LLTokenizer | None = None
+        self._lock = threading.Lock()
+
+    async def compile(self, grammar: AnswerGrammar, num_answers: int) -> list[TokenConstraint]:
+        """One constraint for each answer.
+
+        Raises:
+            ValueError: the grammar is none, or asks for what llguidance does not support; or this tokenizer is not one
+                that grammars can be matched with.
+        """
+        matcher = await asyncio.to_thread(self._compile, grammar)
+        return [_GrammarConstraint(matcher.deep_copy()) for _ in range(num_answers)]
+
+    def _compile(self, grammar: AnswerGrammar) -> LLMatcher:
+        tokenizer = self._prepare(grammar.field)
+        complaint = LLMatcher.validate_grammar(grammar.text, tokenizer)
+        if complaint and not complaint.startswith("WARNING"):
+            raise ValueError(f"{grammar.field} cannot be enforced: {complaint.splitlines()[0]}")
+        matcher = LLMatcher(tokenizer, grammar.text, log_level=_SILENT)
+        if matcher.is_error():
+            raise ValueError(f"{grammar.field} cannot be enforced: {matcher.get_error().splitlines()[0]}")
+        return matcher
+
+    def _prepare(self, field: str) -> LLTokenizer:
+        if not isinstance(self._tokenizer, PreTrainedTokenizerFast) or not self._eos_token_ids:
+            raise ValueError(f"{field} cannot be enforced with this model's tokenizer")
+        with self._lock:
+            if self._prepared is None:
+                eos = sorted(self._eos_token_ids)
+                self._prepared = llguidance.hf.from_tokenizer(self._tokenizer, self._vocab_size, eos)
+            return self._prepared
+
+
+class _GrammarConstraint:
+    """One answer's place in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def forbid(self, scores_V: torch.Tensor) -> torch.Tensor:
+        """See TokenConstraint."""
+        allowed = self._matcher.compute_logit_bias()
+        self._check()
+        allowed_V = torch.frombuffer(bytearray(allowed), dtype=torch.uint8)[: scores_V.shape[0]] != 0
+        return scores_V.masked_fill(~allowed_V.to(scores_V.device), float("-inf"))
+
+    def accept(self, token_id: int) -> None:
+        """See TokenConstraint."""
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InternalError(f"The answer's grammar cannot go on: {self._matcher.get_error().splitlines()[0]}")

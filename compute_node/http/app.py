@@ -1,0 +1,60 @@
+"""The HTTP API of one node: routers over the parts that gRPC uses, behind one edge."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from compute_node.http.api_error import install_error_pages
+from compute_node.http.completion_routes import completion_router
+from compute_node.http.edge import REQUEST_ID_HEADER, Edge, EdgeRules
+from compute_node.http.health_routes import health_router
+from compute_node.http.model_routes import model_router
+from compute_node.http.node_parts import NodeParts
+from compute_node.http.token_routes import token_router
+
+
+@dataclass(frozen=True)
+class AppSettings:
+    """How the API is open to the world.
+
+    Attributes:
+        rules: keys and limits.
+        cors_origins: web pages of these origins may use it; none by default.
+    """
+
+    rules: EdgeRules
+    cors_origins: tuple[str, ...] = ()
+
+
+def build_app(parts: NodeParts, settings: AppSettings, further: Sequence[APIRouter] = ()) -> ASGIApp:
+    """The whole API.
+
+    Args:
+        parts: what it stands on.
+        settings: how it is open to the world.
+        further: routers beside the API's own; what of theirs needs no key belongs to `settings.rules.open_paths`.
+    """
+    # No interactive pages: they load their scripts from elsewhere.
+    app = FastAPI(title="promoe", docs_url=None, redoc_url=None)
+    install_error_pages(app)
+    for router in (
+        completion_router(parts),
+        model_router(parts),
+        token_router(parts),
+        health_router(parts),
+        *further,
+    ):
+        app.include_router(router)
+    inner: ASGIApp = app
+    if settings.cors_origins:
+        inner = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID_HEADER, "retry-after"),
+        )
+    return Edge(inner, settings.rules)

@@ -1,0 +1,75 @@
+"""From the configuration to the HTTP API: what keeps it from being open is found before anything takes long."""
+
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from fastapi import APIRouter
+
+from compute_node.config import ComputeConfig
+from compute_node.http.api_keys import API_KEYS_VARIABLE, read_api_keys
+from compute_node.http.app import AppSettings, build_app
+from compute_node.http.edge import EdgeRules
+from compute_node.http.health_routes import OPEN_PATHS
+from compute_node.http.http_server import HttpListener, is_loopback
+from compute_node.http.node_parts import NodeParts
+from promoe.config import SettingUnfit
+
+logger = logging.getLogger(__name__)
+
+
+class HttpGate:
+    """The node's HTTP address, taken at once and opened when the node can answer; nothing without `http_listen`.
+
+    Args:
+        config: what was asked for.
+
+    Raises:
+        SettingUnfit: the keys cannot be read, or others could use the API without one.
+        AlreadyRunning: the address is taken.
+    """
+
+    def __init__(self, config: ComputeConfig) -> None:
+        self._listener: HttpListener | None = None
+        if not config.http_listen:
+            return
+        keys = read_api_keys(config.http_api_keys_file, os.environ.get(API_KEYS_VARIABLE))
+        host = config.http_listen.rpartition(":")[0]
+        if not keys.are_needed and not is_loopback(host) and not config.http_anonymous:
+            raise SettingUnfit(
+                f"compute.http_listen is {config.http_listen!r}, which others can reach: give keys with "
+                f"compute.http_api_keys_file or ${API_KEYS_VARIABLE}, or say that nobody needs one with "
+                "compute.http_anonymous=true"
+            )
+        origins = tuple(origin.strip() for origin in config.http_cors_origins.split(",") if origin.strip())
+        self._settings = AppSettings(EdgeRules(keys, OPEN_PATHS, config.http_max_body_bytes), origins)
+        self._listener = HttpListener(config.http_listen)
+
+    @property
+    def url(self) -> str | None:
+        """Where clients find the API; None when there is none."""
+        return None if self._listener is None else f"http://{self._listener.address}"
+
+    @asynccontextmanager
+    async def serving(self, parts: NodeParts, further: Sequence[APIRouter] = ()) -> AsyncIterator[None]:
+        """Answers while entered.
+
+        Args:
+            parts: the node that answers.
+            further: see `build_app`.
+        """
+        if self._listener is None:
+            yield
+            return
+        server = self._listener.serve(build_app(parts, self._settings, further))
+        logger.info("The OpenAI-compatible API is at %s/v1.", self.url)
+        try:
+            yield
+        finally:
+            await server.stop()
+
+    def close(self) -> None:
+        """Gives the address back; idempotent."""
+        if self._listener is not None:
+            self._listener.close()
