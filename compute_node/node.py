@@ -37,6 +37,7 @@ from compute_node.service import InferenceService
 from compute_node.step_ledger import Phase, StepLedger
 from compute_node.step_watch import StepWatch
 from compute_node.store_client import AttachProgress, StoreClient, StoreState
+from compute_node.takeovers import Takeovers
 from promoe import telemetry
 from promoe.errors import PackDamaged
 from promoe.ids import ExpertId
@@ -59,6 +60,7 @@ class ComputeNode:
     Attributes:
         has_died: the engine or the store client ended without having been stopped.
         experts_modules: by MoE layer, for watching the routing; empty before `start`.
+        takeovers: which predictor is listened to; None before `start`, and where the policy has no use for hints.
 
     Raises:
         PackDamaged, ModelNotFound: there is no usable pack.
@@ -72,6 +74,7 @@ class ComputeNode:
         self._admission: Admission | None = None
         self.has_died = False
         self.experts_modules: tuple[nn.Module, ...] = ()
+        self.takeovers: Takeovers | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -108,7 +111,7 @@ class ComputeNode:
 
         hints = HintInbox()
         path, store = self._open_experts(chosen, plan, policy, hints, died)
-        watch = StepWatch(self.spec, path.expert_cache, chosen.device, hints, config.predictor_endpoint)
+        watch = self._watch_steps(path, chosen, hints)
         path.install(loaded, self.spec, recorder, watch.observer)
         self.experts_modules = loaded.experts_modules
         path.expert_cache.warm()
@@ -170,6 +173,12 @@ class ComputeNode:
         path.transfers.start()
         self._closers.callback(path.transfers.close)
         return path, store
+
+    def _watch_steps(self, path: ExpertPath, chosen: ChosenDevice, hints: HintInbox) -> StepWatch:
+        endpoint, trial_s = self._config.predictor_endpoint, self._config.predictor_trial_s
+        watch = StepWatch(self.spec, path.expert_cache, chosen.device, hints, endpoint, trial_s)
+        self.takeovers = watch.takeovers
+        return watch
 
     def _open_admission(
         self, engine: Engine, codec: PromptCodec, eos_token_ids: frozenset[int], metrics: RequestMetrics
