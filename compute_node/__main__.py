@@ -25,13 +25,12 @@ from promoe.telemetry import configure_logging
 logger = logging.getLogger("compute_node")
 
 
-async def serve(asked: AskedConfig, read: Callable[[], AskedConfig]) -> None:
-    """Loads (nothing else is served meanwhile), then answers until SIGTERM or SIGINT; reads its configuration again at
-    SIGHUP.
+async def serve(asked: AskedConfig, read: Callable[[], AskedConfig] | None) -> None:
+    """Loads (nothing else is served meanwhile), then answers until SIGTERM or SIGINT.
 
     Args:
         asked: the configuration.
-        read: reads it anew.
+        read: reads it anew, at SIGHUP; None where there is no file, and SIGHUP means what it means to any process.
 
     Raises:
         PromoeError: what keeps the node from serving.
@@ -41,7 +40,8 @@ async def serve(asked: AskedConfig, read: Callable[[], AskedConfig]) -> None:
     # Until the event loop is free to listen, a signal ends the process at once: nothing was accepted yet.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if read is not None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     server = RpcServer((SERVICE_NAME, ADMIN_SERVICE_NAME))
     endpoint = server.listen(asked.compute.listen)
     stop = asyncio.Event()
@@ -56,7 +56,8 @@ async def serve(asked: AskedConfig, read: Callable[[], AskedConfig]) -> None:
         NodeAdminService(node.takeovers).register(server.server)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        loop.add_signal_handler(signal.SIGHUP, ConfigReload(asked, read, node.takeovers).reload)
+        if read is not None:
+            loop.add_signal_handler(signal.SIGHUP, ConfigReload(asked, read, node.takeovers).reload)
         await server.start()
         await server.set_serving(True)
         logger.info("Serving %s at %s.", node.spec.name, endpoint)
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m compute_node", description="Runs a packed model with an expert cache."
     )
-    parser.add_argument("--config", type=Path, help="TOML file with a [compute] table")
+    parser.add_argument("--config", type=Path, help="TOML file with a [compute] table; read again at SIGHUP")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides the file")
     options = parser.parse_args(arguments)
 
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"compute_node: {error}\n")
         return 2
     try:
-        asyncio.run(serve(asked, read))
+        asyncio.run(serve(asked, None if options.config is None else read))
     except SettingUnfit as error:  # any other ValueError is a bug, and its traceback is wanted
         sys.stderr.write(f"compute_node: {error}\n")
         return 2

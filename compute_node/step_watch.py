@@ -19,8 +19,9 @@ from compute_node.layer_observer import LayerObserver
 from compute_node.layer_sample import LayerSampler
 from compute_node.miss_watch import MissWatch
 from compute_node.model_loader import LoadedModel
+from compute_node.predictor_trial import TakeoverTimes
 from compute_node.schedule import HintUse
-from compute_node.takeovers import Takeovers, TakeoverTimes
+from compute_node.takeovers import Takeovers
 from compute_node.trace_recorder import TraceRecorder
 from promoe.model_spec import ModelSpec
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from compute_node.hint_link import Connection, HintLink, Roles
+from compute_node.predictor_trial import MOST_FAULTS, TakeoverTimes, Trial
 from promoe.errors import (
     DeadlineExceeded,
     InternalError,
@@ -36,9 +37,6 @@ logger = logging.getLogger(__name__)
 MOST_WAITING: Final = 8
 """Who asks while another takes over waits; so many may."""
 
-MOST_FAULTS: Final = 8
-"""Hints that make no sense: more of them, from one that is tried out or on trial, and it has failed."""
-
 WARM_UP_STEPS: Final = 3
 """Whole steps that a candidate is shown at least, where there are steps."""
 
@@ -50,65 +48,11 @@ ITSELF: Final = "the node itself"
 
 
 @dataclass(frozen=True)
-class TakeoverTimes:
-    """How long what may take.
-
-    Attributes:
-        handshake_s: until a candidate has said what it wants to see.
-        idle_s: without a step for so long a node has nothing to show; the handshake suffices then.
-        warm_up_s: until a candidate that is shown steps has answered with hints.
-        drain_s: until the engine thread, where it runs, has heard out the one that leaves.
-        trial_s: a predictor that fails within this time after it took over is left for the one before; 0: none is.
-    """
-
-    handshake_s: float = 15.0
-    idle_s: float = 1.0
-    warm_up_s: float = 10.0
-    drain_s: float = 1.0
-    trial_s: float = 60.0
-
-
-@dataclass(frozen=True)
 class _Wish:
     endpoint: str
     who: str
     why: str
     outcome: "Future[PredictorSwitch | None]"
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """Of the one that has taken over.
-
-    Attributes:
-        previous: endpoint of the one before.
-        began_s: when, or when it failed last without there having been anybody to go back to.
-        num_failures, num_faults: of its client by then.
-    """
-
-    previous: str
-    began_s: float
-    num_failures: int
-    num_faults: int
-
-    @classmethod
-    def of(cls, connection: Connection, previous: str) -> "_Trial":
-        """From now on."""
-        return cls(previous, time.perf_counter(), connection.client.num_failures, connection.num_faults)
-
-    def failure(self, connection: Connection) -> str | None:
-        """What it did wrong since."""
-        client = connection.client
-        if client.num_failures > self.num_failures:
-            return str(client.trouble).rstrip(".")
-        num_faults = connection.num_faults - self.num_faults
-        return f"{num_faults} of its hints made no sense" if num_faults > MOST_FAULTS else None
-
-    def is_passed(self, connection: Connection, trial_s: float) -> bool:
-        """It is there, its time is over, and it has given hints, if it gives any: an idle node may wait long."""
-        active = connection.client.active
-        has_proved = active is not None and (connection.tap.num_taken > 0 or not active.lookaheads)
-        return has_proved and time.perf_counter() - self.began_s >= trial_s
 
 
 class Takeovers:
@@ -129,7 +73,7 @@ class Takeovers:
         self.last_switch: PredictorSwitch | None = None
         self._first_endpoint = endpoint
         self._times = times or TakeoverTimes()
-        self._trial: _Trial | None = None
+        self._trial: Trial | None = None
         # Both ends of a deque are safe without a lock; there is something to look at when the event is set.
         self._waiting: deque[_Wish] = deque()
         self._news = threading.Event()
@@ -236,7 +180,7 @@ class Takeovers:
             return
         switch = self._switch(candidate, wish.who, wish.why, is_return=False)
         if incumbent is not None and self._times.trial_s > 0:
-            self._trial = _Trial.of(candidate, incumbent.endpoint)
+            self._trial = Trial.of(candidate, incumbent.endpoint)
         wish.outcome.set_result(switch)
         self._drain(incumbent)
 
@@ -318,7 +262,7 @@ class Takeovers:
             self._pause(_POLL_S)
         self.link.close(leaving)
 
-    def _watch(self, trial: _Trial) -> None:
+    def _watch(self, trial: Trial) -> None:
         incumbent = self.link.roles.incumbent
         assert incumbent is not None, "somebody is on trial"
         failure = trial.failure(incumbent)
@@ -328,14 +272,14 @@ class Takeovers:
             self._trial = None
             logger.info("The predictor at %s has passed its trial.", incumbent.endpoint)
 
-    def _go_back(self, trial: _Trial, failed: Connection, failure: str) -> None:
+    def _go_back(self, trial: Trial, failed: Connection, failure: str) -> None:
         """To the one before, if it is there; else both are looked for, this one by its own client."""
         former = self._try_out(trial.previous)
         try:
             self._await_welcome(former)
         except PromoeError as error:
             self._let_go(former)
-            self._trial = _Trial.of(failed, trial.previous)
+            self._trial = Trial.of(failed, trial.previous)
             if not self._closing.is_set():
                 logger.warning(
                     "The predictor at %s failed on trial (%s), and the one before it, at %s, cannot take over: %s",
