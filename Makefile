@@ -16,10 +16,12 @@ SOURCES := $(wildcard proto/promoe compute_node expert_store predictor_service d
 COMPILED := $(shell cat compute_node/compiled_modules.txt)
 PROTOS := $(wildcard proto/promoe/v1/*.proto)
 GENERATED := .cache/generated
+# The schemas of released versions: none of them may be broken, and tests speak the older ones.
+RELEASED := proto/released
 BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-split bench-upgrade bench-trace bench-device bench-pack bench-store
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-upgrade test check style types schema architecture bench $(BENCHES) proto interpreted clean
+.PHONY: help setup demo demo-upgrade test check style types schema architecture bench $(BENCHES) proto release-schema interpreted clean
 
 help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -72,6 +74,9 @@ types: $(INSTALLED)
 
 schema: $(INSTALLED)
 	BUF_CACHE_DIR=.cache/buf $(BIN)/buf lint
+	@for released in $(RELEASED)/*.binpb; do echo "buf breaking --against $$released"; \
+		BUF_CACHE_DIR=.cache/buf $(BIN)/buf breaking --against "$$released" || { \
+		echo "This breaks peers of a released schema: keep the field (or reserve it), or begin a new major." >&2; exit 1; }; done
 	rm -rf $(GENERATED) && mkdir -p $(GENERATED)
 	$(call generate,$(GENERATED))
 	@for file in $$(cd $(GENERATED) && find . -type f); do \
@@ -87,6 +92,14 @@ $(BENCHES): bench-%: $(READY)
 
 proto: $(INSTALLED) ## Generates the gRPC stubs from proto/promoe/v1/*.proto.
 	$(call generate,proto)
+
+# Once for each version: what was recorded is what peers out there were made from.
+release-schema: $(INSTALLED) ## Records the protos as the schema that promoe.schema names, when it is released.
+	@version="$$($(BIN)/python -c 'from promoe.schema import OUR_SCHEMA; print(OUR_SCHEMA)')"; \
+	record="$(RELEASED)/$$version.binpb"; \
+	if [ -e "$$record" ]; then echo "$$record is there: what comes now is another version; see OUR_SCHEMA." >&2; exit 1; fi; \
+	mkdir -p $(RELEASED) && $(BIN)/python -m grpc_tools.protoc --proto_path=proto --include_imports \
+		--descriptor_set_out="$$record" $(PROTOS) && echo "Recorded $$record."
 
 # mypy-protobuf's plug-ins are found on PATH.
 define generate

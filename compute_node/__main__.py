@@ -6,13 +6,15 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from compute_node.admin.service import ADMIN_SERVICE_NAME, NodeAdminService
 from compute_node.compilation import execution
 from compute_node.config import ComputeConfig
+from compute_node.config_reload import AskedConfig, ConfigReload
 from compute_node.http.gate import HttpGate
 from compute_node.node import ComputeNode
 from compute_node.service import SERVICE_NAME
@@ -24,8 +26,12 @@ from promoe.telemetry import configure_logging
 logger = logging.getLogger("compute_node")
 
 
-async def serve(config: ComputeConfig) -> None:
+async def serve(asked: AskedConfig, read: Callable[[], AskedConfig] | None) -> None:
     """Loads (nothing else is served meanwhile), then answers until SIGTERM or SIGINT.
+
+    Args:
+        asked: the configuration.
+        read: reads it anew, at SIGHUP; None where there is no file, and SIGHUP means what it means to any process.
 
     Raises:
         PromoeError: what keeps the node from serving.
@@ -35,19 +41,25 @@ async def serve(config: ComputeConfig) -> None:
     # Until the event loop is free to listen, a signal ends the process at once: nothing was accepted yet.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    gate = HttpGate(config)
-    server = RpcServer((SERVICE_NAME,))
-    endpoint = server.listen(config.listen)
+    gate = HttpGate(asked.compute)
+    if read is not None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    server = RpcServer((SERVICE_NAME, ADMIN_SERVICE_NAME))
+    endpoint = server.listen(asked.compute.listen)
     stop = asyncio.Event()
-    node = ComputeNode(config)
+    node = ComputeNode(asked.compute)
+    loop = asyncio.get_running_loop()
     try:
-        service = node.start(on_death=stop.set, loop=asyncio.get_running_loop())
+        service = node.start(on_death=stop.set, loop=loop)
         # What was loaded stays: looking through it for garbage would hold a step up for a fifth of a second.
         gc.collect()
         gc.freeze()
         service.register(server.server)
+        NodeAdminService(node.takeovers).register(server.server)
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, stop.set)
+        if read is not None:
+            loop.add_signal_handler(signal.SIGHUP, ConfigReload(asked, read, node.takeovers).reload)
         await server.start()
         await server.set_serving(True)
         assert node.parts is not None, "it was started"
@@ -74,20 +86,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m compute_node", description="Runs a packed model with an expert cache."
     )
-    parser.add_argument("--config", type=Path, help="TOML file with a [compute] table")
+    parser.add_argument("--config", type=Path, help="TOML file with a [compute] table; read again at SIGHUP")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides the file")
     options = parser.parse_args(arguments)
-    try:
+
+    def read() -> AskedConfig:
         settings = Settings(options.config, options.set)
-        config = settings.section("compute", ComputeConfig)
-        configure_logging("compute_node", settings.section("log", LogConfig).level)
+        return AskedConfig(settings.section("compute", ComputeConfig), settings.section("log", LogConfig))
+
+    try:
+        asked = read()
+        configure_logging("compute_node", asked.log.level)
         # Transformers' batching tells of its own comings and goings, in its own format, at the root's level.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
     except ValueError as error:
         sys.stderr.write(f"compute_node: {error}\n")
         return 2
     try:
-        asyncio.run(serve(config))
+        asyncio.run(serve(asked, None if options.config is None else read))
     except SettingUnfit as error:  # any other ValueError is a bug, and its traceback is wanted
         sys.stderr.write(f"compute_node: {error}\n")
         return 2

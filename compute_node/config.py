@@ -14,6 +14,8 @@ _MAX_COUNT: Final = 2**32 - 1
 
 _MAX_PORT: Final = 65535
 
+_LONGEST_ENDPOINT: Final = 300
+
 
 class DeviceChoice(Enum):
     """`auto` takes CUDA when it is there and says why not when it is not."""
@@ -39,6 +41,8 @@ class ComputeConfig:
         pack: folder of the expert pack.
         store_endpoint: gRPC endpoint of the expert store, `unix:PATH` or `host:port`.
         predictor_endpoint: gRPC endpoint of the predictor, `unix:PATH` or `host:port`; empty for none.
+        predictor_trial_s: a predictor that took over while the node served and fails within this time is left for the
+            one before it; 0: the node stays with it.
         attach_deadline_s: how long start-up waits for the store to be filled.
         listen: gRPC endpoint to serve on; port 0 takes a free one.
         metrics_listen: `host:port` of the Prometheus page; empty for none.
@@ -77,6 +81,7 @@ class ComputeConfig:
     pack: Path
     store_endpoint: str
     predictor_endpoint: str = ""
+    predictor_trial_s: float = 60.0
     attach_deadline_s: float = 1800.0
     listen: str = "127.0.0.1:50051"
     metrics_listen: str = ""
@@ -136,6 +141,7 @@ class ComputeConfig:
         for name, least in (
             ("max_queued_requests", self.max_queued_requests),
             ("drain_deadline_s", self.drain_deadline_s),
+            ("predictor_trial_s", self.predictor_trial_s),
         ):
             if not 0 <= least < math.inf:
                 raise ValueError(f"compute.{name} is {least}; allowed: 0 or more")
@@ -151,9 +157,8 @@ class ComputeConfig:
         for name, address in (("metrics_listen", self.metrics_listen), ("http_listen", self.http_listen)):
             if address and not _is_host_and_port(address):
                 raise ValueError(f"compute.{name} is {address!r}; expected host:port")
-        endpoint = self.predictor_endpoint
-        if endpoint and not endpoint.startswith("unix:") and not _is_host_and_port(endpoint):
-            raise ValueError(f"compute.predictor_endpoint is {endpoint!r}; expected unix:PATH or host:port")
+        if self.predictor_endpoint:
+            check_predictor_endpoint("compute.predictor_endpoint", self.predictor_endpoint)
 
     def schedule(self) -> SchedulePolicy:
         """The named set with what was asked for otherwise.
@@ -175,6 +180,13 @@ class ComputeConfig:
         policy = replace(policy_named(self.policy), serial=self.serial, **overrides)  # type: ignore[arg-type]
         eviction_named(policy.eviction)
         return policy
+
+
+def check_predictor_endpoint(name: str, endpoint: str) -> None:
+    """Raises ValueError for what no predictor can be at; whether one is there is another question."""
+    is_address = endpoint.removeprefix("unix:") if endpoint.startswith("unix:") else _is_host_and_port(endpoint)
+    if not is_address or len(endpoint) > _LONGEST_ENDPOINT or not endpoint.isprintable():
+        raise ValueError(f"{name} is {endpoint[:_LONGEST_ENDPOINT]!r}; expected unix:PATH or host:port")
 
 
 def _is_host_and_port(address: str) -> bool:

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from compute_node.expert_weights import TORCH_DTYPES
 from compute_node.hint_checks import fault_of
-from compute_node.hint_inbox import HintInbox, ReceivedHint
+from compute_node.hint_inbox import HintTaker, ReceivedHint
 from compute_node.hint_session import HintSession
 from compute_node.layer_sample import LayerSample
 from compute_node.outgoing import OutgoingEvent
@@ -61,14 +61,14 @@ class Conversation:
         peer: the service, for errors.
         spec: the served model.
         session: counts.
-        inbox: takes the hints that passed the checks.
+        hints: takes those that passed the checks.
     """
 
-    def __init__(self, peer: str, spec: ModelSpec, session: HintSession, inbox: HintInbox) -> None:
+    def __init__(self, peer: str, spec: ModelSpec, session: HintSession, hints: HintTaker) -> None:
         self._peer = peer
         self._spec = spec
         self._session = session
-        self._inbox = inbox
+        self._hints = hints
 
     def receive(self, data: bytes) -> None:
         """Takes one message; raises PromoeError for what ends the session."""
@@ -80,7 +80,7 @@ class Conversation:
         if response.HasField("end"):
             raise error_of_code(response.end.status_code, response.end.reason)
         if response.HasField("welcome"):
-            check_schema(response.welcome.service, self._peer)
+            self._session.schema = check_schema(response.welcome.service, self._peer)
             _welcome(self._session, response.welcome)
             return
         for message in response.hints.hints:
@@ -101,7 +101,7 @@ class Conversation:
         if fault is not None:
             session.refuse(fault, f"{hint.version}, layer {hint.layer}, experts {hint.experts[:8]}")
             return
-        self._inbox.put(ReceivedHint(hint, session.latency_s(hint.observed_step, hint.observed_layer)))
+        self._hints.put(ReceivedHint(hint, session.latency_s(hint.observed_step, hint.observed_layer)))
 
 
 def _encode_sample(sample: LayerSample) -> pb.Observation:

@@ -26,8 +26,9 @@ from uuid import uuid4
 
 import grpc
 
+from compute_node.connection_log import ConnectionLog
 from compute_node.conversation_client import Conversation, encode_event, hello_message
-from compute_node.hint_inbox import HintInbox
+from compute_node.hint_inbox import HintTaker
 from compute_node.hint_session import MAX_ROWS, HintSession, HintTraffic
 from compute_node.layer_sample import LayerSample, WantedSamples
 from compute_node.miss_watch import MissLevel
@@ -38,6 +39,7 @@ from promoe.hint import ObservedKind, PredictorVersion, RequestsEnded, StepStart
 from promoe.model_spec import ModelSpec
 from promoe.packet_channel import LARGEST_PACKET_NBYTES, PacketChannel, packet_path
 from promoe.rpc import CHANNEL_OPTIONS, INFO_DEADLINE_S, domain_error
+from promoe.schema import NAMED_STEPS
 from promoe.v1 import model_pb2
 from promoe.v1 import predictor_pb2 as pb
 from promoe.v1 import predictor_pb2_grpc as pb_grpc
@@ -91,25 +93,37 @@ class HintClient:
     Args:
         endpoint: `unix:PATH` or `host:port`.
         spec: the served model.
-        inbox: takes the hints that passed the checks.
+        hints: takes those that passed the checks.
         patience: how long it waits, and for what.
         misses: how much there is to save: while many experts are missed every layer is shown, also to a version that
             is content with fewer; while hardly any is, nothing.
+        noted: called on this client's thread when the predictor has come or gone.
+
+    Attributes:
+        log: says so.
+        num_failures: how often there was no session, or none any more.
+        trouble: why, the last time.
     """
 
     def __init__(
         self,
         endpoint: str,
         spec: ModelSpec,
-        inbox: HintInbox,
+        hints: HintTaker,
         patience: Patience | None = None,
         misses: Callable[[], MissLevel] = lambda: MissLevel.FEW,
+        noted: Callable[[], None] = lambda: None,
     ) -> None:
         self.endpoint = endpoint
+        self.log = ConnectionLog(endpoint)
+        self.num_failures = 0
+        self.trouble: PromoeError | None = None
         self._spec = spec
-        self._inbox = inbox
+        self._hints = hints
         self._patience = patience or Patience()
         self._misses = misses
+        self._noted = noted
+        self._noted_session: HintSession | None = None
         self._retry_s = self._patience.first_retry_s
         self._peer = f"The predictor at {endpoint}"
         # An observation fits a packet, with room for its routing.
@@ -120,14 +134,10 @@ class HintClient:
         self._session: HintSession | None = None
         self._sampling: HintSession | None = None
         self._past = HintTraffic()
-        # What was said last about a predictor that is away; None after it was said to be there.
-        self._said: type[PromoeError] | None = None
-        self._has_connected = False
         self._closing = threading.Event()
         self._call: grpc.Call | None = None
         self._channel: PacketChannel | None = None
         self._carrier: PacketCarrier | None = None
-        inbox.look_for_more, inbox.flush = self._look, self._flush
         self._thread = threading.Thread(target=self._run, name="hint-client", daemon=True)
 
     @property
@@ -166,7 +176,7 @@ class HintClient:
 
     def begin_step(self, start: StepStart) -> WantedSamples | None:
         """See LayerSampler: what the active version wants of this step."""
-        self._look()
+        self.look()
         session = self._sampling = self._session
         active = None if session is None else session.active
         if session is None or active is None:
@@ -185,7 +195,7 @@ class HintClient:
             every=1 if misses is MissLevel.MANY else active.observe_every,
             ready=active.wants_ready,
         )
-        session.outgoing.send(replace(start, version=active.version))
+        session.outgoing.send(replace(start, version=active.version if session.schema >= NAMED_STEPS else ""))
         return wanted
 
     def take(self, sample: LayerSample) -> None:
@@ -195,13 +205,13 @@ class HintClient:
             session.note_time(sample.step, sample.layer)
             session.outgoing.send(sample)
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """A carrier without a thread of its own takes what came."""
         carrier = self._carrier
         if carrier is not None:
             carrier.look()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """The same for what was still on its way to the host when it was handed over."""
         carrier = self._carrier
         if carrier is not None:
@@ -227,7 +237,10 @@ class HintClient:
                 error = failure
             if self._closing.is_set():
                 return
-            self._note_away(error)
+            self.log.away(error)
+            self.trouble = error
+            self.num_failures += 1
+            self._noted()
             # Nodes that lost the same service must not come back together.
             self._closing.wait(self._delay_after(error) * random.uniform(0.75, 1.25))
 
@@ -291,7 +304,7 @@ class HintClient:
         """Holds the session until it breaks, then raises why."""
         carrier = PacketCarrier(channel, encode_event, lambda data: conversation.receive(data))
         session = HintSession(self._spec.num_moe_layers, carrier)
-        conversation = Conversation(self._peer, self._spec, session, self._inbox)
+        conversation = Conversation(self._peer, self._spec, session, self._hints)
         try:
             self._channel = channel
             with suppress(Unavailable):  # what the service said before it went tells more
@@ -331,7 +344,7 @@ class HintClient:
     def _follow_stream(self, channel: grpc.Channel) -> None:
         outgoing = OutgoingQueue()
         session = HintSession(self._spec.num_moe_layers, outgoing)
-        conversation = Conversation(self._peer, self._spec, session, self._inbox)
+        conversation = Conversation(self._peer, self._spec, session, self._hints)
         predict: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_PREDICT)
         # No deadline: a session lasts as long as both sides; keepalive notices a dead peer.
         call = predict(self._requests(outgoing))
@@ -358,24 +371,13 @@ class HintClient:
             outgoing.end()
             call.cancel()
 
-    # ---- what is said of it ----
-
     def _note_connected(self, session: HintSession) -> None:
-        """Once for each time that it came back; one that misbehaved must have behaved for a while."""
+        """Told of every sign of life after the welcome."""
         has_settled = session.age_s >= self._patience.settled_s
         if has_settled:
             self._retry_s = self._patience.first_retry_s
-        if self._has_connected and self._said is None:
-            return
-        if has_settled or self._said is None or issubclass(self._said, Unavailable | DeadlineExceeded):
-            assert session.active is not None, "a session begins with a welcome"
-            logger.info("Connected to the predictor at %s: %s.", self.endpoint, session.active.version)
-            self._said, self._has_connected = None, True
-
-    def _note_away(self, error: PromoeError) -> None:
-        """Once for each cause."""
-        if self._said is type(error):
-            return
-        self._said = type(error)
-        reason = str(error).rstrip(".")
-        logger.warning("The predictor at %s is away: %s. The expert cache only reacts.", self.endpoint, reason)
+        assert session.active is not None, "a session begins with a welcome"
+        self.log.connected(session.active.version, has_settled)
+        if self._noted_session is not session:
+            self._noted_session = session
+            self._noted()

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from promoe.hint import Hint
 
@@ -13,6 +14,13 @@ class ReceivedHint:
 
     hint: Hint
     latency_s: float | None
+
+
+class HintTaker(Protocol):
+    """Takes a predictor's hints, one thread at a time."""
+
+    def put(self, received: ReceivedHint) -> None:
+        """The next one; never waits and never raises."""
 
 
 class HintInbox:
@@ -69,6 +77,33 @@ class HintInbox:
             except IndexError:  # the other thread pushed some out
                 break
         return drained
+
+
+class HintTap:
+    """Between one predictor and the inbox: lets its hints through, or keeps them back; counts either way.
+
+    Args:
+        inbox: behind it.
+
+    Attributes:
+        is_open: set by the engine thread, between two steps.
+        num_taken: hints that went through.
+        num_withheld: hints that did not.
+    """
+
+    def __init__(self, inbox: HintInbox) -> None:
+        self.is_open = False
+        self.num_taken = 0
+        self.num_withheld = 0
+        self._inbox = inbox
+
+    def put(self, received: ReceivedHint) -> None:
+        """See HintTaker."""
+        if self.is_open:
+            self.num_taken += 1
+            self._inbox.put(received)
+        else:
+            self.num_withheld += 1
 
 
 def _nothing() -> None:

@@ -41,6 +41,7 @@ class HintCollector(Collector):
                 ("invalid", stats.invalid),
                 ("wrong_version", stats.wrong_version),
                 ("overflow", stats.overflow),
+                ("withheld", stats.withheld),
             ],
         )
         yield _by_label(

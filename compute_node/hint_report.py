@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Final
 
-from compute_node.hint_client import HintClient
 from compute_node.hint_inbox import HintInbox
+from compute_node.hint_link import Connection
 from compute_node.hint_quality import DurationCounts, HintScore, HintScores, ScoreKey
 from compute_node.hint_session import HintTraffic
 from compute_node.step_ledger import Phase
+from compute_node.takeovers import Takeovers
 from promoe.hint import PredictorVersion
 from promoe.node_report import (
     ActivePredictor,
@@ -31,25 +32,32 @@ class HintReport:
     Attributes:
         scores: of the hints that came.
         inbox: where they wait.
-        client: of the predictor; None where the node was started without one.
+        takeovers: which predictor makes them; None where none is listened to.
     """
 
     scores: HintScores
     inbox: HintInbox
-    client: HintClient | None
+    takeovers: Takeovers | None
 
     def predictor_link(self) -> PredictorLink:
         """The predictor, as it is now."""
-        if self.client is None:
+        takeovers = self.takeovers
+        if takeovers is None:
             return PredictorLink("", PredictorState.NONE, None)
-        active = self.client.active
-        if active is None:
-            return PredictorLink(self.client.endpoint, PredictorState.AWAY, None)
-        return PredictorLink(self.client.endpoint, PredictorState.CONNECTED, _active_predictor(active))
+        incumbent = takeovers.link.roles.incumbent
+        active = None if incumbent is None else incumbent.client.active
+        return PredictorLink(
+            endpoint="" if incumbent is None else incumbent.endpoint,
+            state=_state_of(incumbent, active),
+            active=None if active is None else _active_predictor(active),
+            candidate=takeovers.candidate,
+            previous=takeovers.previous,
+            last_switch=takeovers.last_switch,
+        )
 
     def hint_stats(self) -> HintStats:
         """The counters, as they are now."""
-        traffic = HintTraffic() if self.client is None else self.client.traffic
+        traffic = HintTraffic() if self.takeovers is None else self.takeovers.link.traffic
         fates = self.scores.fates
         return HintStats(
             taken=fates[HintFate.TAKEN],
@@ -63,7 +71,14 @@ class HintReport:
             qualities=tuple(_quality(key, score) for key, score in self.scores.scores()),
             latency=_histogram(self.scores.latency_s),
             time_until_use=_histogram(self.scores.time_until_use_s),
+            withheld=0 if self.takeovers is None else self.takeovers.link.num_withheld,
         )
+
+
+def _state_of(incumbent: Connection | None, active: PredictorVersion | None) -> PredictorState:
+    if incumbent is None:
+        return PredictorState.NONE
+    return PredictorState.AWAY if active is None else PredictorState.CONNECTED
 
 
 def _active_predictor(version: PredictorVersion) -> ActivePredictor:

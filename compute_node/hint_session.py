@@ -11,6 +11,7 @@ from typing import Final
 from compute_node.outgoing import QUEUE_CAPACITY, Outgoing
 from promoe.errors import Overloaded
 from promoe.hint import PredictorVersion
+from promoe.schema import OUR_SCHEMA
 from promoe.trace_events import HintFate
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,15 @@ class HintTraffic:
     invalid: int = 0
     wrong_version: int = 0
 
+    def __add__(self, other: "HintTraffic") -> "HintTraffic":
+        """Of two predictors together."""
+        return HintTraffic(
+            self.observations_sent + other.observations_sent,
+            self.observations_dropped + other.observations_dropped,
+            self.invalid + other.invalid,
+            self.wrong_version + other.wrong_version,
+        )
+
 
 class HintSession:
     """What was announced and counted, when observations were handed over.
@@ -55,6 +65,7 @@ class HintSession:
         canary: the version that is asked for some requests; None where there is none.
         announced: the versions whose hints are taken, by name.
         max_rows: that the service wants to see.
+        schema: what both ends know; known with the first welcome.
     """
 
     def __init__(self, num_layers: int, outgoing: Outgoing) -> None:
@@ -63,6 +74,7 @@ class HintSession:
         self.canary: PredictorVersion | None = None
         self.announced: dict[str, PredictorVersion] = {}
         self.max_rows = MAX_ROWS
+        self.schema = OUR_SCHEMA
         self._stride = num_layers + 1
         # When what was handed over, in a ring: (step and layer as one number, seconds).
         self._times: list[tuple[int, float]] = [(-1, 0.0)] * (2 * QUEUE_CAPACITY)
@@ -78,11 +90,11 @@ class HintSession:
 
     def add_to(self, past: HintTraffic) -> HintTraffic:
         """The counters before it and its own."""
-        return HintTraffic(
-            observations_sent=past.observations_sent + self.outgoing.num_sent,
-            observations_dropped=past.observations_dropped + self.outgoing.num_dropped,
-            invalid=past.invalid + self._faults[HintFate.INVALID],
-            wrong_version=past.wrong_version + self._faults[HintFate.WRONG_VERSION],
+        return past + HintTraffic(
+            observations_sent=self.outgoing.num_sent,
+            observations_dropped=self.outgoing.num_dropped,
+            invalid=self._faults[HintFate.INVALID],
+            wrong_version=self._faults[HintFate.WRONG_VERSION],
         )
 
     def note_time(self, step: int, layer: int) -> None:

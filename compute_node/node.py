@@ -40,6 +40,7 @@ from compute_node.service import InferenceService
 from compute_node.step_ledger import Phase, StepLedger
 from compute_node.step_watch import StepWatch
 from compute_node.store_client import AttachProgress, StoreClient, StoreState
+from compute_node.takeovers import Takeovers
 from promoe import telemetry
 from promoe.errors import PackDamaged
 from promoe.ids import ExpertId
@@ -63,6 +64,7 @@ class ComputeNode:
         has_died: the engine or the store client ended without having been stopped.
         experts_modules: by MoE layer, for watching the routing; empty before `start`.
         parts: what the HTTP API stands on; None before `start`.
+        takeovers: which predictor is listened to; None before `start`, and where the policy has no use for hints.
 
     Raises:
         PackDamaged, ModelNotFound: there is no usable pack.
@@ -77,6 +79,7 @@ class ComputeNode:
         self.has_died = False
         self.experts_modules: tuple[nn.Module, ...] = ()
         self.parts: NodeParts | None = None
+        self.takeovers: Takeovers | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -113,7 +116,7 @@ class ComputeNode:
 
         hints = HintInbox()
         path, store = self._open_experts(chosen, plan, policy, hints, died)
-        watch = StepWatch(self.spec, path.expert_cache, chosen.device, hints, config.predictor_endpoint)
+        watch = self._watch_steps(path, chosen, hints)
         path.install(loaded, self.spec, recorder, watch.observer)
         self.experts_modules = loaded.experts_modules
         path.expert_cache.warm()
@@ -189,6 +192,12 @@ class ComputeNode:
         grammars = GrammarCompiler(tokenizer, spec.vocab_size, eos_token_ids)
         answerer = Answerer(admission, codec, eos_token_ids, metrics, grammars)
         return NodeParts(ServedModel.of(spec, max_context_tokens), answerer, codec, admission, self._registry)
+
+    def _watch_steps(self, path: ExpertPath, chosen: ChosenDevice, hints: HintInbox) -> StepWatch:
+        endpoint, trial_s = self._config.predictor_endpoint, self._config.predictor_trial_s
+        watch = StepWatch(self.spec, path.expert_cache, chosen.device, hints, endpoint, trial_s)
+        self.takeovers = watch.takeovers
+        return watch
 
     def _publish_metrics(self, report: CacheReport) -> None:
         """The Prometheus page, where one is asked for."""

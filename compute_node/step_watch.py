@@ -10,15 +10,18 @@ from compute_node.cache_map import CacheMapRecorder
 from compute_node.cache_stats import StepRecorder
 from compute_node.device.seam import Device
 from compute_node.expert_cache import ExpertCache
-from compute_node.hint_client import HintClient
 from compute_node.hint_inbox import HintInbox
+from compute_node.hint_link import HintLink
 from compute_node.hint_quality import HintScores
 from compute_node.hint_report import HintReport
 from compute_node.layer_hooks import install_hooks
 from compute_node.layer_observer import LayerObserver
+from compute_node.layer_sample import LayerSampler
 from compute_node.miss_watch import MissWatch
 from compute_node.model_loader import LoadedModel
+from compute_node.predictor_trial import TakeoverTimes
 from compute_node.schedule import HintUse
+from compute_node.takeovers import Takeovers
 from compute_node.trace_recorder import TraceRecorder
 from promoe.model_spec import ModelSpec
 
@@ -33,18 +36,25 @@ class StepWatch:
         expert_cache: tells what it takes notice of.
         device: brings samples to the host.
         inbox: where the expert cache looks for hints.
-        predictor_endpoint: who makes them; empty for nobody.
+        predictor_endpoint: who makes them first; empty for nobody.
+        trial_s: see TakeoverTimes.
 
     Attributes:
         observer: sees the layers.
         traces: records what the expert cache is told.
         maps: what every expert is doing.
         scores: how good hints are.
-        client: of the predictor; None without one, or where the policy has no use for hints.
+        takeovers: which predictor is listened to; None where the policy has no use for hints.
     """
 
     def __init__(
-        self, spec: ModelSpec, expert_cache: ExpertCache, device: Device, inbox: HintInbox, predictor_endpoint: str
+        self,
+        spec: ModelSpec,
+        expert_cache: ExpertCache,
+        device: Device,
+        inbox: HintInbox,
+        predictor_endpoint: str,
+        trial_s: float,
     ) -> None:
         self._expert_cache = expert_cache
         self._inbox = inbox
@@ -52,12 +62,14 @@ class StepWatch:
         self.maps = CacheMapRecorder(spec.num_moe_layers, spec.num_experts, expert_cache.resident_states)
         self.scores = HintScores(spec.num_moe_layers)
         self._misses = MissWatch()
-        self.client: HintClient | None = None
-        if predictor_endpoint and expert_cache.policy.hints is HintUse.IGNORE:
-            logger.info("The predictor is not asked: policy %s ignores hints.", expert_cache.policy.name)
+        self.takeovers: Takeovers | None = None
+        samplers: tuple[LayerSampler, ...] = (self.traces,)
+        if expert_cache.policy.hints is not HintUse.IGNORE:
+            link = HintLink(spec, inbox, misses=lambda: self._misses.level)
+            self.takeovers = Takeovers(link, predictor_endpoint, TakeoverTimes(trial_s=trial_s))
+            samplers = (*link.samplers, self.traces)
         elif predictor_endpoint:
-            self.client = HintClient(predictor_endpoint, spec, inbox, misses=lambda: self._misses.level)
-        samplers = (self.traces,) if self.client is None else (self.client, self.traces)
+            logger.info("The predictor is not asked: policy %s ignores hints.", expert_cache.policy.name)
         self.observer = LayerObserver(spec.num_moe_layers, device, samplers, expert_cache.ready_experts)
 
     def attach(self, loaded: LoadedModel, layer_modules: Sequence[str], recorder: StepRecorder) -> None:
@@ -76,14 +88,14 @@ class StepWatch:
         recorder.begin()
         self._expert_cache.restart_counters()
         self.scores.restart()
-        if self.client is not None:
-            self.client.start()
+        if self.takeovers is not None:
+            self.takeovers.start()
 
     def close(self) -> None:
-        """Ends the predictor's client."""
-        if self.client is not None:
-            self.client.close()
+        """Ends the sessions with predictors."""
+        if self.takeovers is not None:
+            self.takeovers.close()
 
     def hint_report(self) -> HintReport:
         """What is told of hints."""
-        return HintReport(self.scores, self._inbox, self.client)
+        return HintReport(self.scores, self._inbox, self.takeovers)

@@ -29,9 +29,18 @@ class RunningNode:
     Args:
         folder: the log is `folder/NAME.log`.
         settings: further `compute.key=value` texts.
+        config: a file of further ones, read again at SIGHUP.
     """
 
-    def __init__(self, pack_dir: Path, store_endpoint: str, folder: Path, *settings: str, name: str = "node") -> None:
+    def __init__(
+        self,
+        pack_dir: Path,
+        store_endpoint: str,
+        folder: Path,
+        *settings: str,
+        name: str = "node",
+        config: Path | None = None,
+    ) -> None:
         self.log = folder / f"{name}.log"
         arguments = [
             f"compute.pack={pack_dir}",
@@ -41,7 +50,7 @@ class RunningNode:
             "compute.num_threads=1",
             *settings,
         ]
-        command = [sys.executable, "-m", "compute_node"]
+        command = [sys.executable, "-m", "compute_node", *(() if config is None else ("--config", str(config)))]
         for argument in arguments:
             command += ["--set", argument]
         with self.log.open("w") as log:

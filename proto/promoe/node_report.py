@@ -155,12 +155,34 @@ class ActivePredictor:
 
 
 @dataclass(frozen=True)
+class PredictorSwitch:
+    """Another predictor took over; `is_return`: the node went back by itself, and `why` says what had failed."""
+
+    at_unix_s: float
+    before: str
+    after: str
+    who: str
+    why: str
+    is_return: bool
+
+
+@dataclass(frozen=True)
 class PredictorLink:
-    """The node's predictor service; `active` is None while it is not connected."""
+    """The node's predictor service.
+
+    Attributes:
+        active: None while it is not connected.
+        candidate: endpoint of one that is tried out beside it; empty while none is.
+        previous: endpoint that the node goes back to by itself if this one fails on trial; empty when there is none.
+        last_switch: None before the first.
+    """
 
     endpoint: str
     state: PredictorState
     active: ActivePredictor | None
+    candidate: str = ""
+    previous: str = ""
+    last_switch: PredictorSwitch | None = None
 
 
 @dataclass(frozen=True)
@@ -259,6 +281,7 @@ class HintStats:
     qualities: tuple[HintQuality, ...]
     latency: Histogram
     time_until_use: Histogram
+    withheld: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Between the contract's own nouns and their protobuf messages."""
 
+from importlib.metadata import version
 from typing import Final
 
 from promoe.errors import ModelMismatch
 from promoe.ids import ExpertId
 from promoe.model_spec import Dtype, ModelSpec
+from promoe.schema import OUR_SCHEMA, Schema
 from promoe.v1 import model_pb2
 
-SCHEMA_VERSION: Final = "1.0"
+SCHEMA_VERSION: Final = str(OUR_SCHEMA)
 
 DTYPE_TO_WIRE: Final = {
     Dtype.FLOAT32: model_pb2.DTYPE_FLOAT32,
@@ -43,10 +45,17 @@ def encode_spec(spec: ModelSpec) -> model_pb2.ModelSpec:
     )
 
 
-def check_schema(peer: model_pb2.ServiceInfo, peer_name: str) -> None:
-    """Raises ModelMismatch when the peer speaks another major version of the schema."""
-    if peer.schema_version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+def check_schema(peer: model_pb2.ServiceInfo, peer_name: str) -> Schema:
+    """What both ends know: the older one's schema, where the newer one can do without what it added.
+
+    Raises:
+        ModelMismatch: they are further apart than that; the text shows both sides.
+    """
+    theirs = Schema.parse(peer.schema_version)
+    if theirs is None or not OUR_SCHEMA.speaks_with(theirs):
         raise ModelMismatch(
             f"{peer_name} speaks schema {peer.schema_version or 'unknown'} (promoe {peer.version or 'unknown'}); "
-            f"this process speaks {SCHEMA_VERSION}. Upgrade the older one."
+            f"this process speaks {OUR_SCHEMA} (promoe {version('promoe')}), and works with the same major and a minor "
+            "that differs by one at most. Upgrade the older one."
         )
+    return min(OUR_SCHEMA, theirs)

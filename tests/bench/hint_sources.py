@@ -29,6 +29,7 @@ def served_by(endpoint: str) -> HintSource:
     @contextmanager
     def open_client(spec: ModelSpec, inbox: HintInbox, misses: MissWatch) -> Iterator[HintClient]:
         client = HintClient(endpoint, spec, inbox, misses=lambda: misses.level)
+        inbox.look_for_more, inbox.flush = client.look, client.flush
         client.start()
         try:
             wait_until(lambda: client.state is PredictorState.CONNECTED, CONNECT_DEADLINE_S)

@@ -25,6 +25,8 @@ NUMBERS = sorted(
     if field.type in (int, float, int | None, float | None) and field.name != "cache_rate"
 )
 
+MAY_BE_NONE = {"max_queued_requests", "drain_deadline_s", "predictor_trial_s"}
+
 
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf])
@@ -32,13 +34,13 @@ def test_every_number_is_bounded(name: str, value: float) -> None:
     assert refusal(**{name: value}).startswith(f"compute.{name} is {value}; allowed: ")
 
 
-@pytest.mark.parametrize("name", sorted(set(NUMBERS) - {"max_queued_requests", "drain_deadline_s"}))
+@pytest.mark.parametrize("name", sorted(set(NUMBERS) - MAY_BE_NONE))
 def test_what_cannot_be_none_at_all_is_above_zero(name: str) -> None:
     assert refusal(**{name: 0}) == f"compute.{name} is 0; allowed: above 0"
 
 
-def test_nobody_needs_to_wait_or_to_drain() -> None:
-    assert (config(max_queued_requests=0).max_queued_requests, config(drain_deadline_s=0.0).drain_deadline_s) == (0, 0)
+def test_nobody_needs_to_wait_to_drain_or_to_be_on_trial() -> None:
+    assert all(getattr(config(**{name: 0}), name) == 0 for name in MAY_BE_NONE)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +81,10 @@ def test_a_predictor_is_somewhere(endpoint: str) -> None:
 @pytest.mark.parametrize("endpoint", ["", "unix:/run/predictor.sock", "127.0.0.1:50061"])
 def test_a_predictor_is_optional(endpoint: str) -> None:
     assert config(predictor_endpoint=endpoint).predictor_endpoint == endpoint
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["unix:", "nowhere", ":1", "host:port", "host:65536", "unix:/a\nb", "unix:/" + "a" * 300]
+)
+def test_what_no_predictor_can_be_at_is_refused(endpoint: str) -> None:
+    assert "expected unix:PATH or host:port" in refusal(predictor_endpoint=endpoint)

@@ -43,6 +43,7 @@ class Node:
         self.inbox = HintInbox(100_000)
         self.misses = MissLevel.FEW
         self.client = HintClient(endpoint, SPEC, self.inbox, patience, lambda: self.misses)
+        self.inbox.look_for_more, self.inbox.flush = self.client.look, self.client.flush
         self.observer = LayerObserver(NUM_LAYERS, CpuDevice(), [self.client])
         self.step = 0
         self.engine_s = 0.0

@@ -19,6 +19,7 @@ from compute_node.outgoing import QUEUE_CAPACITY
 from promoe.hint import ObservedKind, PredictorVersion, StepSpan, StepStart
 from promoe.hint_wire import decode_observation, decode_step_start
 from promoe.v1 import predictor_pb2 as pb
+from promoe.wire import SCHEMA_VERSION
 from tests.contract.hint_node import HIDDEN, PATIENCE, SPEC, node_at, warnings_in
 from tests.running_store import wait_until
 from tests.scripted_predictor import (
@@ -297,7 +298,10 @@ def test_a_service_that_stops_reading_costs_observations_only(endpoint: str, ser
     ("change", "reasons"),
     [
         (lambda info: setattr(info.model, "fingerprint", "0" * 16), ("f" * 16, "0" * 16)),
-        (lambda info: setattr(info.service, "schema_version", "99.0"), ("speaks schema 99.0", "speaks 1.0")),
+        (
+            lambda info: setattr(info.service, "schema_version", "99.0"),
+            ("speaks schema 99.0", f"speaks {SCHEMA_VERSION}"),
+        ),
     ],
 )
 def test_a_predictor_for_another_model_or_schema_is_refused_with_both_sides(

@@ -14,6 +14,7 @@ from promoe.cache_map import CacheMap
 from promoe.node_report import CacheShape, CacheStats, PredictorLink, StoreLink
 from promoe.typed_message import decode_message
 from promoe.v1 import inference_pb2
+from promoe.wire import SCHEMA_VERSION
 from tests.compute_node.tiny_serving import FixedReport, Serving, greedy_oracle
 from tests.contract.inference_node import CONTEXT, PROMPT, Node, generate, ids_of, refusal, text_of, text_request
 from tests.families import END_OF_TURN_ID, VOCABULARY
@@ -170,7 +171,7 @@ def test_the_node_says_what_it_is(node: Node) -> None:
     info = node.run(scenario)
     assert inference_pb2.EngineKind.Name(info.engine) == f"ENGINE_KIND_{node.engine.kind.name}"
     assert info.service.instance_id == "instance-1"
-    assert info.service.schema_version == "1.0"
+    assert info.service.schema_version == SCHEMA_VERSION
     assert info.model.vocab_size == len(VOCABULARY)
     assert not info.device.HasField("emulated_link_bytes_per_s")
     assert (info.limits.max_context_tokens, info.limits.max_new_tokens) == (CONTEXT, CONTEXT - 1)

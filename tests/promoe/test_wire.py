@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from promoe.errors import ModelMismatch
 from promoe.ids import ExpertId
 from promoe.model_spec import Dtype, ExpertLayout
+from promoe.schema import OUR_SCHEMA, Schema
 from promoe.v1 import model_pb2
 from promoe.wire import SCHEMA_VERSION, check_schema, decode_expert, encode_expert, encode_spec
 from tests.promoe.specs import LAYOUTS, small_spec
@@ -50,15 +51,31 @@ def test_the_blobs_size_is_that_of_the_layout(layout: ExpertLayout) -> None:
     assert encode_spec(replace(small_spec(), layout=layout)).expert_nbytes == layout.blob_nbytes
 
 
-def test_peers_of_the_same_major_schema_work_together() -> None:
-    major = SCHEMA_VERSION.split(".")[0]
-    for version in (SCHEMA_VERSION, f"{major}.99"):
-        check_schema(model_pb2.ServiceInfo(version="0.9.0", schema_version=version), "The store")
+def test_a_minor_apart_works_both_ways_and_the_older_one_is_spoken() -> None:
+    major, minor = OUR_SCHEMA
+    for theirs, spoken in ((minor - 1, minor - 1), (minor, minor), (minor + 1, minor)):
+        peer = model_pb2.ServiceInfo(version="0.9.0", schema_version=f"{major}.{theirs}")
+        assert check_schema(peer, "The store") == (major, spoken)
 
 
-@pytest.mark.parametrize(("theirs", "shown"), [("99.0", "99.0"), ("", "unknown"), ("one", "one")])
-def test_a_peer_of_another_schema_is_refused_with_both_sides(theirs: str, shown: str) -> None:
+FURTHER_APART = (f"{OUR_SCHEMA.major}.{OUR_SCHEMA.minor + 2}", f"{OUR_SCHEMA.major + 1}.{OUR_SCHEMA.minor}", "99.0")
+NO_VERSION = ("", "one", "1", "1.", ".1", "1.0.0", "1.-1", " 1.0", "1.\u0661", "1." + "9" * 5000)
+
+
+@pytest.mark.parametrize("theirs", [*FURTHER_APART, *NO_VERSION])
+def test_a_peer_of_another_schema_is_refused_with_both_sides(theirs: str) -> None:
     with pytest.raises(ModelMismatch) as caught:
         check_schema(model_pb2.ServiceInfo(schema_version=theirs), "The store at unix:a.sock")
-    for part in ("The store at unix:a.sock", f"schema {shown}", SCHEMA_VERSION):
+    for part in ("The store at unix:a.sock", f"schema {theirs or 'unknown'}", f"speaks {SCHEMA_VERSION}"):
         assert part in str(caught.value)
+
+
+@given(st.builds(Schema, UINT32, UINT32))
+def test_a_schema_is_read_as_it_is_written(schema: Schema) -> None:
+    parsed = Schema.parse(str(schema))
+    assert parsed == (schema if max(schema) < 10**9 else None)
+
+
+@given(st.builds(Schema, st.integers(0, 3), st.integers(0, 5)), st.builds(Schema, st.integers(0, 3), st.integers(0, 5)))
+def test_who_speaks_with_whom_is_mutual(one: Schema, other: Schema) -> None:
+    assert one.speaks_with(other) is other.speaks_with(one)

@@ -43,11 +43,12 @@ def pack_tiny_model(folder: Path, family: str = "mixtral") -> Path:
 class TinyStack:
     """One store and one node, each a process of its own."""
 
-    def __init__(self, pack_dir: Path, folder: Path, *node_settings: str) -> None:
+    def __init__(self, pack_dir: Path, folder: Path, *node_settings: str, config: Path | None = None) -> None:
         self.pack_dir = pack_dir
         self.folder = folder
         self.store = RunningStore(pack_dir, folder)
-        self.node = RunningNode(pack_dir, self.store.endpoint, folder, *NODE_SETTINGS, *node_settings)
+        settings = (*NODE_SETTINGS, *node_settings)
+        self.node = RunningNode(pack_dir, self.store.endpoint, folder, *settings, config=config)
 
     def restart_store(self) -> None:
         """Starts the next store in the folder of the one that is gone."""
@@ -64,9 +65,9 @@ class TinyStack:
 
 
 @contextmanager
-def running_stack(pack_dir: Path, folder: Path, *node_settings: str) -> Iterator[TinyStack]:
+def running_stack(pack_dir: Path, folder: Path, *node_settings: str, config: Path | None = None) -> Iterator[TinyStack]:
     """A stack, killed at the end."""
-    stack = TinyStack(pack_dir, folder, *node_settings)
+    stack = TinyStack(pack_dir, folder, *node_settings, config=config)
     try:
         yield stack
     finally:

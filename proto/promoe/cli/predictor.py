@@ -1,5 +1,5 @@
-"""`promoe predictor`: trains, measures and publishes predictors by becoming the tool that does it, and asks a running
-service for its versions.
+"""`promoe predictor`: trains, measures and publishes predictors by becoming the tool that does it; asks a running
+service for its versions, and tells a running node of another service.
 """
 
 import os
@@ -12,6 +12,7 @@ import typer
 
 from promoe.cli.options import takes
 from promoe.cli.pack_cache import registry_folder
+from promoe.cli.predictor_endpoint import ConnectFlags, connect
 from promoe.cli.predictor_versions import (
     ActivateFlags,
     HistoryFlags,
@@ -65,6 +66,7 @@ def make_predictor_app() -> typer.Typer:
     app.command("watch")(takes(WatchFlags)(watch))
     app.command("rollback")(takes(RollbackFlags)(rollback))
     app.command("history")(takes(HistoryFlags)(history))
+    app.command("connect")(takes(ConnectFlags)(connect))
     return app
 
 

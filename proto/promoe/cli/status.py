@@ -1,6 +1,7 @@
 """`promoe status`: what runs here, and how its expert cache does."""
 
 from dataclasses import asdict, dataclass
+from datetime import datetime
 
 import typer
 from rich.table import Table
@@ -15,7 +16,7 @@ from promoe.cli.stack import ready_phrase
 from promoe.cli.store_calls import StoreInfo, StoreStats, store_info, store_stats
 from promoe.client import Client
 from promoe.errors import PromoeError
-from promoe.node_report import CacheStats, NodeInfo, PhaseStats
+from promoe.node_report import CacheStats, NodeInfo, PhaseStats, PredictorLink
 from promoe.retry import RetryPolicy
 
 _DEADLINE_S = 2.0
@@ -94,6 +95,8 @@ def _table(report: StackReport) -> Table:
         table.add_row("", f"{node.device.name}: {node.device.reason}")
         table.add_row("", f"store {node.store.state.value}, link {node.device.link}")
         table.add_row("predictor", _predictor_row(node))
+        for phrase in _takeover_phrases(node.predictor):
+            table.add_row("", phrase)
     if report.store is not None:
         table.add_row("store", _store_phrase(report.store))
     if report.store_stats is not None:
@@ -121,6 +124,20 @@ def _predictor_row(node: NodeInfo) -> str:
         return f"{link.state.value}: {link.endpoint}" if link.endpoint else "none"
     distance = ", ".join(map(str, link.active.lookaheads)) or "none"
     return f"{link.active.version} at {link.endpoint}: {link.state.value}, lookahead {distance}"
+
+
+def _takeover_phrases(link: PredictorLink) -> list[str]:
+    phrases = [f"{link.candidate} is tried out beside it"] if link.candidate else []
+    switch = link.last_switch
+    if switch is not None:
+        at = datetime.fromtimestamp(switch.at_unix_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        if switch.is_return:
+            phrases.append(f"gone back to at {at}: {switch.why}")
+        else:
+            phrases.append(f"since {at}, by the wish of {switch.who}" + (f": {switch.why}" if switch.why else ""))
+    if link.previous:
+        phrases.append(f"on trial; if it fails, the node goes back to {link.previous}")
+    return phrases
 
 
 def _store_phrase(store: StoreInfo) -> str:

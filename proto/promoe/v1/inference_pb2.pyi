@@ -364,11 +364,22 @@ class PredictorLink(_message.Message):
     ENDPOINT_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     ACTIVE_FIELD_NUMBER: _builtins.int
+    CANDIDATE_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    LAST_SWITCH_FIELD_NUMBER: _builtins.int
     endpoint: _builtins.str
     state: Global___PredictorState.ValueType
+    candidate: _builtins.str
+    """Endpoint of a service that is tried out beside it; empty while none is."""
+    previous: _builtins.str
+    """The endpoint that the node goes back to by itself if this service fails on trial; empty when there is none."""
     @_builtins.property
     def active(self) -> _predictor_pb2.PredictorVersion:
         """The version whose hints are taken; absent while not connected."""
+
+    @_builtins.property
+    def last_switch(self) -> Global___PredictorSwitch:
+        """The last change of the endpoint; absent before the first."""
 
     def __init__(
         self,
@@ -376,14 +387,56 @@ class PredictorLink(_message.Message):
         endpoint: _builtins.str = ...,
         state: Global___PredictorState.ValueType = ...,
         active: _predictor_pb2.PredictorVersion | None = ...,
+        candidate: _builtins.str = ...,
+        previous: _builtins.str = ...,
+        last_switch: Global___PredictorSwitch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "last_switch", b"last_switch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "endpoint", b"endpoint", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "candidate", b"candidate", "endpoint", b"endpoint", "last_switch", b"last_switch", "previous", b"previous", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PredictorLink: _TypeAlias = PredictorLink  # noqa: Y015
+
+@_typing.final
+class PredictorSwitch(_message.Message):
+    """Another predictor service took over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_UNIX_S_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    WHO_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    IS_RETURN_FIELD_NUMBER: _builtins.int
+    at_unix_s: _builtins.float
+    """Wall-clock time, for people."""
+    before: _builtins.str
+    """Endpoints; `before` is empty where there was none."""
+    after: _builtins.str
+    who: _builtins.str
+    why: _builtins.str
+    is_return: _builtins.bool
+    """The node went back by itself; `why` says what had failed."""
+    def __init__(
+        self,
+        *,
+        at_unix_s: _builtins.float = ...,
+        before: _builtins.str = ...,
+        after: _builtins.str = ...,
+        who: _builtins.str = ...,
+        why: _builtins.str = ...,
+        is_return: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "at_unix_s", b"at_unix_s", "before", b"before", "is_return", b"is_return", "who", b"who", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredictorSwitch: _TypeAlias = PredictorSwitch  # noqa: Y015
 
 @_typing.final
 class StoreLink(_message.Message):
@@ -1191,6 +1244,7 @@ class HintStats(_message.Message):
     QUALITIES_FIELD_NUMBER: _builtins.int
     LATENCY_FIELD_NUMBER: _builtins.int
     TIME_UNTIL_USE_FIELD_NUMBER: _builtins.int
+    WITHHELD_FIELD_NUMBER: _builtins.int
     taken: _builtins.int
     late: _builtins.int
     invalid: _builtins.int
@@ -1200,6 +1254,8 @@ class HintStats(_message.Message):
     observations_sent: _builtins.int
     observations_dropped: _builtins.int
     """Dropped before they were sent: the service, or the way to it, was too slow."""
+    withheld: _builtins.int
+    """Of a predictor that is tried out, or has just been replaced: checked and counted, not used."""
     @_builtins.property
     def qualities(self) -> _containers.RepeatedCompositeFieldContainer[Global___HintQuality]: ...
     @_builtins.property
@@ -1223,10 +1279,11 @@ class HintStats(_message.Message):
         qualities: _abc.Iterable[Global___HintQuality] | None = ...,
         latency: Global___Histogram | None = ...,
         time_until_use: Global___Histogram | None = ...,
+        withheld: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["latency", b"latency", "time_until_use", b"time_until_use"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["invalid", b"invalid", "late", b"late", "latency", b"latency", "observations_dropped", b"observations_dropped", "observations_sent", b"observations_sent", "overflow", b"overflow", "qualities", b"qualities", "taken", b"taken", "time_until_use", b"time_until_use", "wrong_version", b"wrong_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invalid", b"invalid", "late", b"late", "latency", b"latency", "observations_dropped", b"observations_dropped", "observations_sent", b"observations_sent", "overflow", b"overflow", "qualities", b"qualities", "taken", b"taken", "time_until_use", b"time_until_use", "withheld", b"withheld", "wrong_version", b"wrong_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
