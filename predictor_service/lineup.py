@@ -41,12 +41,14 @@ class Lineup:
         canary: None where there is none.
         onlookers: versions that are shown what the nodes show, without effect.
         is_scored: routings are wanted with what was READY, to score hints by.
+        gatherer: wishes of who gathers what there is to learn from; they count where they go together with the others'.
     """
 
     active: Predictor
     canary: Canary | None = None
     onlookers: tuple[PredictorVersion, ...] = ()
     is_scored: bool = False
+    gatherer: PredictorVersion | None = None
 
     @property
     def announced(self) -> PredictorVersion:
@@ -54,6 +56,12 @@ class Lineup:
         wishes = [self.active.version, *self.onlookers]
         if self.canary is not None:
             wishes.append(self.canary.predictor.version)
+        if self.gatherer is not None and not {ObservedKind.NONE, self.gatherer.observed}.issuperset(
+            {observed_by(wishes)}
+        ):
+            # Nothing is gathered, and what was asked for goes on.
+            return replace(self, gatherer=None).announced
+        wishes += [] if self.gatherer is None else [self.gatherer]
         return replace(
             self.active.version,
             observed=observed_by(wishes),

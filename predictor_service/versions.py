@@ -20,7 +20,7 @@ from predictor_service.lineup import Canary, Lineup, observed_by
 from predictor_service.predictor import Predictor
 from predictor_service.version_log import VersionLog, Wish
 from promoe.errors import InternalError, InvalidInput, ModelMismatch, PromoeError
-from promoe.hint import LayerRouting, Observation, ObservedKind, StepSpan, StepStart
+from promoe.hint import LayerRouting, Observation, ObservedKind, PredictorVersion, StepSpan, StepStart
 from promoe.model_spec import ModelSpec
 from promoe.predictor_versions import VersionAction, VersionChange, VersionMetric
 
@@ -176,6 +176,12 @@ class Versions:
             if self._lineup.is_scored != is_scored:
                 self._lineup = replace(self._lineup, is_scored=is_scored)
 
+    def gather(self, wishes: PredictorVersion | None) -> None:
+        """What is to be shown for learning; None: nothing."""
+        with self._changing:
+            if self._lineup.gatherer != wishes:
+                self._lineup = replace(self._lineup, gatherer=wishes)
+
     def _check_expected(self, wish: Wish) -> None:
         active = self.active.version.version
         if wish.expected is not None and wish.expected != active:
@@ -189,7 +195,7 @@ class Versions:
         before, after = former.version.version, candidate.version.version
         # A shadow that cannot look on any more, or is active now, is none.
         onlookers = tuple(wishes for wishes in self._lineup.onlookers if wishes.version != after)
-        lineup = Lineup(candidate, None, onlookers, self._lineup.is_scored)
+        lineup = replace(self._lineup, active=candidate, canary=None, onlookers=onlookers)
         try:
             observed_by([lineup.announced])
         except InvalidInput:

@@ -5,7 +5,7 @@ from typing import Final, TypeVar
 
 import grpc
 
-from promoe.predictor_versions import QualityReport, VersionChange, VersionInfo
+from promoe.predictor_versions import LearnerReport, QualityReport, VersionChange, VersionInfo
 from promoe.rpc import CHANNEL_OPTIONS
 from promoe.transport import readable_error
 from promoe.typed_message import decode_message
@@ -61,6 +61,21 @@ class PredictorAdmin:
         request = pb.ClearShadowRequest(who=who, why=why)
         response = self._ask(lambda stub, timeout: stub.ClearShadow(request, timeout=timeout))
         return decode_message(response.change, VersionChange) if response.HasField("change") else None
+
+    def train(self, who: str, why: str) -> bool:
+        """See `Train` in predictor_admin.proto; False while a candidate is trained or tried already."""
+        request = pb.TrainRequest(who=who, why=why)
+        return self._ask(lambda stub, timeout: stub.Train(request, timeout=timeout)).accepted
+
+    def pause_learner(self, paused: bool, who: str) -> None:
+        """See `PauseLearner` in predictor_admin.proto."""
+        request = pb.PauseLearnerRequest(paused=paused, who=who)
+        self._ask(lambda stub, timeout: stub.PauseLearner(request, timeout=timeout))
+
+    def learner(self) -> LearnerReport:
+        """How far learning is."""
+        response = self._ask(lambda stub, timeout: stub.GetLearner(pb.GetLearnerRequest(), timeout=timeout))
+        return decode_message(response.report, LearnerReport)
 
     def watch(self, interval_s: float = 1.0) -> Generator[QualityReport, None, None]:
         """Scores as they come, until the service ends (raises Unavailable) or the iterator is closed."""

@@ -134,6 +134,42 @@ class VersionQuality:
     fault: str = ""
 
 
+class LearnerState(Enum):
+    """What the learner is doing; see predictor_admin.proto."""
+
+    UNSPECIFIED = "unspecified"
+    OFF = "off"
+    GATHERING = "gathering"
+    TRAINING = "training"
+    SHADOWING = "shadowing"
+    WATCHING = "watching"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class LearnerReport:
+    """How far the learner is.
+
+    Attributes:
+        state: see LearnerState.
+        paused: it gathers and trains nothing.
+        documents, held_out_documents, tokens, size_bytes: what is gathered now; held-out ones are never trained on.
+        oldest_s: age of the oldest of it.
+        progress: of the judgement that is open.
+        news: what happened last, or why it is off.
+    """
+
+    state: LearnerState
+    paused: bool = False
+    documents: int = 0
+    held_out_documents: int = 0
+    tokens: int = 0
+    size_bytes: int = 0
+    oldest_s: float = 0.0
+    progress: tuple[VersionMetric, ...] = ()
+    news: str = ""
+
+
 @dataclass(frozen=True)
 class QualityReport:
     """Since scoring began.

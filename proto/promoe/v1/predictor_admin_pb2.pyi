@@ -112,6 +112,39 @@ VERSION_ACTION_CANARY: VersionAction.ValueType  # 6
 VERSION_ACTION_END_CANARY: VersionAction.ValueType  # 7
 Global___VersionAction: _TypeAlias = VersionAction  # noqa: Y015
 
+class _LearnerState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LearnerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LearnerState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LEARNER_STATE_UNSPECIFIED: _LearnerState.ValueType  # 0
+    LEARNER_STATE_OFF: _LearnerState.ValueType  # 1
+    """The service does not learn."""
+    LEARNER_STATE_GATHERING: _LearnerState.ValueType  # 2
+    LEARNER_STATE_TRAINING: _LearnerState.ValueType  # 3
+    LEARNER_STATE_SHADOWING: _LearnerState.ValueType  # 4
+    """A candidate looks on and is compared with the active version."""
+    LEARNER_STATE_WATCHING: _LearnerState.ValueType  # 5
+    """A candidate was promoted, and the version before it looks on."""
+    LEARNER_STATE_FAILED: _LearnerState.ValueType  # 6
+    """Its process is gone."""
+
+class LearnerState(_LearnerState, metaclass=_LearnerStateEnumTypeWrapper): ...
+
+LEARNER_STATE_UNSPECIFIED: LearnerState.ValueType  # 0
+LEARNER_STATE_OFF: LearnerState.ValueType  # 1
+"""The service does not learn."""
+LEARNER_STATE_GATHERING: LearnerState.ValueType  # 2
+LEARNER_STATE_TRAINING: LearnerState.ValueType  # 3
+LEARNER_STATE_SHADOWING: LearnerState.ValueType  # 4
+"""A candidate looks on and is compared with the active version."""
+LEARNER_STATE_WATCHING: LearnerState.ValueType  # 5
+"""A candidate was promoted, and the version before it looks on."""
+LEARNER_STATE_FAILED: LearnerState.ValueType  # 6
+"""Its process is gone."""
+Global___LearnerState: _TypeAlias = LearnerState  # noqa: Y015
+
 @_typing.final
 class VersionInfo(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -523,6 +556,169 @@ class ClearShadowResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClearShadowResponse: _TypeAlias = ClearShadowResponse  # noqa: Y015
+
+@_typing.final
+class TrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHO_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    who: _builtins.str
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        who: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["who", b"who", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainRequest: _TypeAlias = TrainRequest  # noqa: Y015
+
+@_typing.final
+class TrainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    accepted: _builtins.bool
+    """False while a candidate is trained or tried already."""
+    def __init__(
+        self,
+        *,
+        accepted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainResponse: _TypeAlias = TrainResponse  # noqa: Y015
+
+@_typing.final
+class PauseLearnerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAUSED_FIELD_NUMBER: _builtins.int
+    WHO_FIELD_NUMBER: _builtins.int
+    paused: _builtins.bool
+    who: _builtins.str
+    def __init__(
+        self,
+        *,
+        paused: _builtins.bool = ...,
+        who: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["paused", b"paused", "who", b"who"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseLearnerRequest: _TypeAlias = PauseLearnerRequest  # noqa: Y015
+
+@_typing.final
+class PauseLearnerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseLearnerResponse: _TypeAlias = PauseLearnerResponse  # noqa: Y015
+
+@_typing.final
+class GetLearnerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLearnerRequest: _TypeAlias = GetLearnerRequest  # noqa: Y015
+
+@_typing.final
+class GetLearnerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def report(self) -> Global___LearnerReport: ...
+    def __init__(
+        self,
+        *,
+        report: Global___LearnerReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLearnerResponse: _TypeAlias = GetLearnerResponse  # noqa: Y015
+
+@_typing.final
+class LearnerReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
+    HELD_OUT_DOCUMENTS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    OLDEST_S_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    NEWS_FIELD_NUMBER: _builtins.int
+    state: Global___LearnerState.ValueType
+    paused: _builtins.bool
+    documents: _builtins.int
+    """What is gathered now: requests, those of them that are never trained on, decoded tokens, and their size in memory."""
+    held_out_documents: _builtins.int
+    tokens: _builtins.int
+    size_bytes: _builtins.int
+    oldest_s: _builtins.float
+    """Age of the oldest; hidden states may reveal text."""
+    news: _builtins.str
+    """What happened last, or why it is off."""
+    @_builtins.property
+    def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionMetric]:
+        """Of the judgement that is open: gain, stretches, evidence, and the evidence that is needed."""
+
+    def __init__(
+        self,
+        *,
+        state: Global___LearnerState.ValueType = ...,
+        paused: _builtins.bool = ...,
+        documents: _builtins.int = ...,
+        held_out_documents: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        oldest_s: _builtins.float = ...,
+        progress: _abc.Iterable[Global___VersionMetric] | None = ...,
+        news: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "held_out_documents", b"held_out_documents", "news", b"news", "oldest_s", b"oldest_s", "paused", b"paused", "progress", b"progress", "size_bytes", b"size_bytes", "state", b"state", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LearnerReport: _TypeAlias = LearnerReport  # noqa: Y015
 
 @_typing.final
 class WatchQualityRequest(_message.Message):

@@ -67,6 +67,21 @@ class PredictorAdminStub(object):
                 request_serializer=promoe_dot_v1_dot_predictor__admin__pb2.WatchQualityRequest.SerializeToString,
                 response_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.WatchQualityResponse.FromString,
                 _registered_method=True)
+        self.Train = channel.unary_unary(
+                '/promoe.v1.PredictorAdmin/Train',
+                request_serializer=promoe_dot_v1_dot_predictor__admin__pb2.TrainRequest.SerializeToString,
+                response_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.TrainResponse.FromString,
+                _registered_method=True)
+        self.PauseLearner = channel.unary_unary(
+                '/promoe.v1.PredictorAdmin/PauseLearner',
+                request_serializer=promoe_dot_v1_dot_predictor__admin__pb2.PauseLearnerRequest.SerializeToString,
+                response_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.PauseLearnerResponse.FromString,
+                _registered_method=True)
+        self.GetLearner = channel.unary_unary(
+                '/promoe.v1.PredictorAdmin/GetLearner',
+                request_serializer=promoe_dot_v1_dot_predictor__admin__pb2.GetLearnerRequest.SerializeToString,
+                response_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.GetLearnerResponse.FromString,
+                _registered_method=True)
         self.GetHistory = channel.unary_unary(
                 '/promoe.v1.PredictorAdmin/GetHistory',
                 request_serializer=promoe_dot_v1_dot_predictor__admin__pb2.GetHistoryRequest.SerializeToString,
@@ -128,6 +143,29 @@ class PredictorAdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Train(self, request, context):
+        """A candidate is trained from the active version as soon as it can be, and then tried as any that the learner trains.
+        FAILED_PRECONDITION where the service does not learn. Idempotent; the caller may retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseLearner(self, request, context):
+        """The learner gathers and trains no more until it is told to go on; what is gathered is kept, and what is tried goes
+        on. Idempotent; errors as of Train.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLearner(self, request, context):
+        """Idempotent; the caller may retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetHistory(self, request, context):
         """Idempotent; the caller may retry.
         """
@@ -167,6 +205,21 @@ def add_PredictorAdminServicer_to_server(servicer, server):
                     servicer.WatchQuality,
                     request_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.WatchQualityRequest.FromString,
                     response_serializer=promoe_dot_v1_dot_predictor__admin__pb2.WatchQualityResponse.SerializeToString,
+            ),
+            'Train': grpc.unary_unary_rpc_method_handler(
+                    servicer.Train,
+                    request_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.TrainRequest.FromString,
+                    response_serializer=promoe_dot_v1_dot_predictor__admin__pb2.TrainResponse.SerializeToString,
+            ),
+            'PauseLearner': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseLearner,
+                    request_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.PauseLearnerRequest.FromString,
+                    response_serializer=promoe_dot_v1_dot_predictor__admin__pb2.PauseLearnerResponse.SerializeToString,
+            ),
+            'GetLearner': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLearner,
+                    request_deserializer=promoe_dot_v1_dot_predictor__admin__pb2.GetLearnerRequest.FromString,
+                    response_serializer=promoe_dot_v1_dot_predictor__admin__pb2.GetLearnerResponse.SerializeToString,
             ),
             'GetHistory': grpc.unary_unary_rpc_method_handler(
                     servicer.GetHistory,
@@ -339,6 +392,87 @@ class PredictorAdmin(object):
             '/promoe.v1.PredictorAdmin/WatchQuality',
             promoe_dot_v1_dot_predictor__admin__pb2.WatchQualityRequest.SerializeToString,
             promoe_dot_v1_dot_predictor__admin__pb2.WatchQualityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Train(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promoe.v1.PredictorAdmin/Train',
+            promoe_dot_v1_dot_predictor__admin__pb2.TrainRequest.SerializeToString,
+            promoe_dot_v1_dot_predictor__admin__pb2.TrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseLearner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promoe.v1.PredictorAdmin/PauseLearner',
+            promoe_dot_v1_dot_predictor__admin__pb2.PauseLearnerRequest.SerializeToString,
+            promoe_dot_v1_dot_predictor__admin__pb2.PauseLearnerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLearner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promoe.v1.PredictorAdmin/GetLearner',
+            promoe_dot_v1_dot_predictor__admin__pb2.GetLearnerRequest.SerializeToString,
+            promoe_dot_v1_dot_predictor__admin__pb2.GetLearnerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,6 +58,16 @@ class PredictorAdminStub:
     """Scores as they come, for as long as the caller listens; scoring costs nothing while nobody does and there is no
     shadow. Not retried.
     """
+    Train: _grpc.UnaryUnaryMultiCallable[_predictor_admin_pb2.TrainRequest, _predictor_admin_pb2.TrainResponse]
+    """A candidate is trained from the active version as soon as it can be, and then tried as any that the learner trains.
+    FAILED_PRECONDITION where the service does not learn. Idempotent; the caller may retry.
+    """
+    PauseLearner: _grpc.UnaryUnaryMultiCallable[_predictor_admin_pb2.PauseLearnerRequest, _predictor_admin_pb2.PauseLearnerResponse]
+    """The learner gathers and trains no more until it is told to go on; what is gathered is kept, and what is tried goes
+    on. Idempotent; errors as of Train.
+    """
+    GetLearner: _grpc.UnaryUnaryMultiCallable[_predictor_admin_pb2.GetLearnerRequest, _predictor_admin_pb2.GetLearnerResponse]
+    """Idempotent; the caller may retry."""
     GetHistory: _grpc.UnaryUnaryMultiCallable[_predictor_admin_pb2.GetHistoryRequest, _predictor_admin_pb2.GetHistoryResponse]
     """Idempotent; the caller may retry."""
 
@@ -91,6 +101,16 @@ class PredictorAdminAsyncStub(PredictorAdminStub):
     """Scores as they come, for as long as the caller listens; scoring costs nothing while nobody does and there is no
     shadow. Not retried.
     """
+    Train: _aio.UnaryUnaryMultiCallable[_predictor_admin_pb2.TrainRequest, _predictor_admin_pb2.TrainResponse]  # type: ignore[assignment]
+    """A candidate is trained from the active version as soon as it can be, and then tried as any that the learner trains.
+    FAILED_PRECONDITION where the service does not learn. Idempotent; the caller may retry.
+    """
+    PauseLearner: _aio.UnaryUnaryMultiCallable[_predictor_admin_pb2.PauseLearnerRequest, _predictor_admin_pb2.PauseLearnerResponse]  # type: ignore[assignment]
+    """The learner gathers and trains no more until it is told to go on; what is gathered is kept, and what is tried goes
+    on. Idempotent; errors as of Train.
+    """
+    GetLearner: _aio.UnaryUnaryMultiCallable[_predictor_admin_pb2.GetLearnerRequest, _predictor_admin_pb2.GetLearnerResponse]  # type: ignore[assignment]
+    """Idempotent; the caller may retry."""
     GetHistory: _aio.UnaryUnaryMultiCallable[_predictor_admin_pb2.GetHistoryRequest, _predictor_admin_pb2.GetHistoryResponse]  # type: ignore[assignment]
     """Idempotent; the caller may retry."""
 
@@ -157,6 +177,34 @@ class PredictorAdminServicer(metaclass=_abc_1.ABCMeta):
         """Scores as they come, for as long as the caller listens; scoring costs nothing while nobody does and there is no
         shadow. Not retried.
         """
+
+    @_abc_1.abstractmethod
+    def Train(
+        self,
+        request: _predictor_admin_pb2.TrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_predictor_admin_pb2.TrainResponse, _abc.Awaitable[_predictor_admin_pb2.TrainResponse]]:
+        """A candidate is trained from the active version as soon as it can be, and then tried as any that the learner trains.
+        FAILED_PRECONDITION where the service does not learn. Idempotent; the caller may retry.
+        """
+
+    @_abc_1.abstractmethod
+    def PauseLearner(
+        self,
+        request: _predictor_admin_pb2.PauseLearnerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_predictor_admin_pb2.PauseLearnerResponse, _abc.Awaitable[_predictor_admin_pb2.PauseLearnerResponse]]:
+        """The learner gathers and trains no more until it is told to go on; what is gathered is kept, and what is tried goes
+        on. Idempotent; errors as of Train.
+        """
+
+    @_abc_1.abstractmethod
+    def GetLearner(
+        self,
+        request: _predictor_admin_pb2.GetLearnerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_predictor_admin_pb2.GetLearnerResponse, _abc.Awaitable[_predictor_admin_pb2.GetLearnerResponse]]:
+        """Idempotent; the caller may retry."""
 
     @_abc_1.abstractmethod
     def GetHistory(
