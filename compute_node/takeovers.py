@@ -180,7 +180,7 @@ class Takeovers:
             return
         switch = self._switch(candidate, wish.who, wish.why, is_return=False)
         if incumbent is not None and self._times.trial_s > 0:
-            self._trial = Trial.of(candidate, incumbent.endpoint)
+            self._trial = Trial(candidate, incumbent.endpoint, self._times)
         wish.outcome.set_result(switch)
         self._drain(incumbent)
 
@@ -263,23 +263,22 @@ class Takeovers:
         self.link.close(leaving)
 
     def _watch(self, trial: Trial) -> None:
-        incumbent = self.link.roles.incumbent
-        assert incumbent is not None, "somebody is on trial"
-        failure = trial.failure(incumbent)
+        failure = trial.failure()
         if failure is not None:
-            self._go_back(trial, incumbent, failure)
-        elif trial.is_passed(incumbent, self._times.trial_s):
+            self._go_back(trial, failure)
+        elif trial.is_passed():
             self._trial = None
-            logger.info("The predictor at %s has passed its trial.", incumbent.endpoint)
+            logger.info("The predictor at %s has passed its trial.", trial.connection.endpoint)
 
-    def _go_back(self, trial: Trial, failed: Connection, failure: str) -> None:
+    def _go_back(self, trial: Trial, failure: str) -> None:
         """To the one before, if it is there; else both are looked for, this one by its own client."""
+        failed = trial.connection
         former = self._try_out(trial.previous)
         try:
             self._await_welcome(former)
         except PromoeError as error:
             self._let_go(former)
-            self._trial = Trial.of(failed, trial.previous)
+            trial.renew()
             if not self._closing.is_set():
                 logger.warning(
                     "The predictor at %s failed on trial (%s), and the one before it, at %s, cannot take over: %s",

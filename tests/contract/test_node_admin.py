@@ -18,6 +18,8 @@ from tests.contract.takeover_engine import Engine, Services, engine_at, silent
 from tests.promoe.scripted_inference import HELLO, ScriptedInference, serve_in_thread
 from tests.running_store import wait_until
 
+NOWHERE = "unix:/nowhere/p"
+
 
 @contextmanager
 def served(takeovers: Takeovers | None, endpoint: str) -> Iterator[NodeAdmin]:
@@ -77,27 +79,21 @@ def test_the_switch_is_answered_and_once_again_nothing(admin: NodeAdmin, engine:
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "who", "why", "error", "reason"),
+    ("asked", "error", "reason"),
     [
-        ("", "ann", "", InvalidInput, "expected unix:PATH or host:port"),
-        ("somewhere", "ann", "", InvalidInput, "expected unix:PATH or host:port"),
-        (
-            "unix:/nowhere/p",
-            "ann",
-            "",
-            ModelNotFound,
-            "The predictor at unix:/nowhere/p cannot take over, and the node stays",
-        ),
-        ("unix:/nowhere/p", "", "", InvalidInput, "Nobody is named"),
-        ("unix:/nowhere/p", "ann\nWARNING", "", InvalidInput, "who is"),
-        ("unix:/nowhere/p", "ann", "a" * (MOST_TEXT + 1), InvalidInput, "why is"),
+        (("", "ann", ""), InvalidInput, "expected unix:PATH or host:port"),
+        (("somewhere", "ann", ""), InvalidInput, "expected unix:PATH or host:port"),
+        ((NOWHERE, "ann", ""), ModelNotFound, f"The predictor at {NOWHERE} cannot take over, and the node stays"),
+        ((NOWHERE, "", ""), InvalidInput, "Nobody is named"),
+        ((NOWHERE, "ann\nWARNING", ""), InvalidInput, "who is"),
+        ((NOWHERE, "ann", "a" * (MOST_TEXT + 1)), InvalidInput, "why is"),
     ],
 )
 def test_what_cannot_be_is_a_sentence(
-    admin: NodeAdmin, engine: Engine, endpoint: str, who: str, why: str, error: type[PromoeError], reason: str
+    admin: NodeAdmin, engine: Engine, asked: tuple[str, str, str], error: type[PromoeError], reason: str
 ) -> None:
     with pytest.raises(error, match=reason):
-        admin.connect_predictor(endpoint, who, why)
+        admin.connect_predictor(*asked)
     assert engine.takeovers.last_switch is None
 
 
@@ -119,6 +115,6 @@ def test_a_node_whose_policy_ignores_hints_says_so(services: Services) -> None:
 def test_a_node_that_is_not_there_and_an_older_one_are_told_apart(services: Services) -> None:
     with pytest.raises(Unavailable, match="There is no connection to"):
         NodeAdmin(services.endpoint("node")).connect_predictor(services.endpoint("new"), "ann", "")
-    with serve_in_thread(ScriptedInference(HELLO), services.endpoint("older")) as endpoint:
-        with pytest.raises(ModelMismatch, match="does not serve this call"):
-            NodeAdmin(endpoint).connect_predictor(services.endpoint("new"), "ann", "")
+    older = serve_in_thread(ScriptedInference(HELLO), services.endpoint("older"))
+    with older as endpoint, pytest.raises(ModelMismatch, match="does not serve this call"):
+        NodeAdmin(endpoint).connect_predictor(services.endpoint("new"), "ann", "")

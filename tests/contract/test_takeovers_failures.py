@@ -3,6 +3,7 @@
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -193,6 +194,44 @@ def test_who_fails_on_trial_is_left_for_the_one_before(
         if way == "talks nonsense":
             assert engine.link.traffic.invalid > MOST_FAULTS
     assert any("by the wish of the node itself" in message for message in warnings_in(caplog))
+
+
+def test_who_falls_silent_on_trial_is_left_for_the_one_before(services: Services) -> None:
+    is_stopped, ends = threading.Event(), threading.Event()
+
+    def stops(requests: Iterator[pb.PredictRequest]) -> Iterator[Response]:
+        for response in hints_as("new")(requests):
+            yield response
+            if is_stopped.is_set():
+                ends.wait(30)
+
+    services.serve("old")
+    new = services.serve("new", stops)
+    with engine_at(services.endpoint("old"), replace(TIMES, silence_s=0.2)) as engine:
+        engine.run()
+        engine.connect(new.endpoint).result(20)
+        wait_until(lambda: len(engine.hints_of("new")) > 10)
+        is_stopped.set()
+        wait_until(lambda: engine.takeovers.endpoint == services.endpoint("old"))
+        switch = engine.takeovers.last_switch
+        assert switch is not None
+        assert (switch.is_return, "gave no hint" in switch.why) == (True, True)
+        ends.set()
+
+
+def test_on_an_idle_node_silence_is_no_failure_and_the_trial_goes_on(services: Services) -> None:
+    services.serve("old")
+    new = services.serve("new")
+    times = replace(TIMES, idle_s=0.0, drain_s=0.01, silence_s=0.01, trial_s=0.01)
+    with engine_at(services.endpoint("old"), times) as engine:
+        engine.connect(new.endpoint).result(20)
+        trial = engine.takeovers._trial
+        assert trial is not None
+        wait_until(lambda: time.perf_counter() - trial._began_s > 0.1)
+        assert (trial.failure(), trial.is_passed()) == (None, False)
+        engine.run()
+        wait_until(lambda: engine.takeovers.previous == "")
+        assert engine.takeovers.endpoint == new.endpoint
 
 
 def test_who_fails_after_its_trial_is_looked_for_again(services: Services) -> None:

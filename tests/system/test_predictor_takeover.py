@@ -4,7 +4,6 @@ ones.
 Every process is real but those that talk nonsense. The oracle is the same answer before there was a predictor.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -20,15 +19,16 @@ from promoe.node_admin import NodeAdmin
 from promoe.node_report import HintStats, PredictorLink, PredictorState
 from promoe.pack_manifest import PackManifest
 from tests.packs import write_synthetic_pack
+from tests.promoe.command_line import CommandLine
 from tests.running_predictor import RunningPredictor
 from tests.running_store import wait_until
 from tests.scripted_predictor import ScriptedPredictor
 from tests.system.test_predictor_faults import all_kinds_of_nonsense
-from tests.system.tiny_stack import BackgroundAnswer, TinyStack, pack_tiny_model, quiet_answer, running_stack
+from tests.system.tiny_stack import BackgroundAnswer, TinyStack, quiet_answer, running_stack
 
-NUM_TOKENS = 120
+NUM_TOKENS = 100
+FEWER_TOKENS = 40
 NUM_STREAMS = 8
-PROMOE = [sys.executable, "-c", "from promoe.cli.app import main; main()"]
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Serving:
         (self.folder / name).mkdir(exist_ok=True)
         return RunningPredictor(self.stack.pack_dir, self.folder / name, f"predictor.predictor={predictor}")
 
-    def answers(self) -> list[BackgroundAnswer]:
-        return [BackgroundAnswer(self.client, num_tokens=NUM_TOKENS) for _ in range(NUM_STREAMS)]
+    def answers(self, num_tokens: int = NUM_TOKENS) -> list[BackgroundAnswer]:
+        return [BackgroundAnswer(self.client, num_tokens=num_tokens) for _ in range(NUM_STREAMS)]
 
-    def check(self, answers: list[BackgroundAnswer]) -> None:
+    def check(self, answers: list[BackgroundAnswer], num_tokens: int = NUM_TOKENS) -> None:
         """No stream was interrupted, and none noticed anything."""
-        assert [answer.tokens() for answer in answers] == [self.quiet] * NUM_STREAMS
+        assert [answer.tokens() for answer in answers] == [self.quiet[:num_tokens]] * NUM_STREAMS
 
     def wait_for_hints(self) -> None:
         """Until some more were taken, or nobody is served any more."""
@@ -70,12 +70,11 @@ class Serving:
 
 
 @pytest.fixture(scope="module")
-def serving(tmp_path_factory: pytest.TempPathFactory, module_socket_dir: Path) -> Iterator[Serving]:
-    pack_dir = pack_tiny_model(tmp_path_factory.mktemp("taken-over"))
+def serving(tiny_pack: Path, module_socket_dir: Path) -> Iterator[Serving]:
     config = module_socket_dir / "promoe.toml"
     write_config(config, "unix:/nowhere/first.sock")
     settings = "compute.expert_slots=4"
-    with running_stack(pack_dir, module_socket_dir, settings, config=config) as stack, stack.client() as client:
+    with running_stack(tiny_pack, module_socket_dir, settings, config=config) as stack, stack.client() as client:
         yield Serving(stack, client, module_socket_dir, quiet_answer(client, num_tokens=NUM_TOKENS))
         assert stack.node.process.poll() is None
 
@@ -118,12 +117,12 @@ def test_under_load_another_takes_over_and_the_old_one_may_die_or_the_new_one(se
 
         with serving.open_predictor("third", "frequency") as third:
             third.wait_until_serving()
-            answers = serving.answers()
+            answers = serving.answers(FEWER_TOKENS)
             serving.wait_for_hints()
             serving.admin.connect_predictor(third.endpoint, "the test", "")
             old.kill()
             serving.wait_for_hints()
-            serving.check(answers)
+            serving.check(answers, FEWER_TOKENS)
             link = serving.link
             assert (link.endpoint, link.state) == (third.endpoint, PredictorState.CONNECTED)
             assert link.last_switch is not None
@@ -166,7 +165,7 @@ def test_who_may_not_take_over_changes_nothing(serving: Serving) -> None:
         serving.admin.connect_predictor(old.endpoint, "the test", "")
         speaker = speaks_garbage(garbage)
         stopped.process.send_signal(signal.SIGSTOP)
-        answers = serving.answers()
+        answers = serving.answers(FEWER_TOKENS)
         try:
             assert "fingerprint" in str(refusal(other.endpoint))
             assert isinstance(refusal(nonsense), InternalError)
@@ -181,22 +180,19 @@ def test_who_may_not_take_over_changes_nothing(serving: Serving) -> None:
             stopped.process.send_signal(signal.SIGCONT)
         link = serving.link
         assert (link.endpoint, link.candidate, link.state) == (old.endpoint, "", PredictorState.CONNECTED)
-        serving.check(answers)
+        serving.check(answers, FEWER_TOKENS)
 
 
-def test_a_changed_configuration_and_a_person_do_the_same(serving: Serving) -> None:
+def test_a_changed_configuration_and_a_person_do_the_same(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = CommandLine(tmp_path, monkeypatch, capsys).run
     config = serving.folder / "promoe.toml"
 
     def reload(text: str) -> None:
         length = len(serving.stack.node.log.read_text())
         serving.stack.node.process.send_signal(signal.SIGHUP)
         wait_until(lambda: text in serving.stack.node.log.read_text()[length:], 30)
-
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        environment = {**os.environ, "PROMOE_RUN_DIR": str(serving.folder / "run"), "COLUMNS": "200"}
-        return subprocess.run(
-            [*PROMOE, *arguments], capture_output=True, text=True, check=False, env=environment, timeout=120
-        )
 
     with serving.open_predictor("asked") as asked, serving.open_predictor("typed") as typed:
         for predictor in (asked, typed):
@@ -214,13 +210,13 @@ def test_a_changed_configuration_and_a_person_do_the_same(serving: Serving) -> N
         node = ("--node", serving.stack.node.endpoint())
         done = run("predictor", "connect", typed.endpoint, *node, "--why", "to see")
         before = f"before it was {asked.endpoint}"
-        assert done.stdout == f"The node at {node[1]} listens to {typed.endpoint} now; {before}.\n"
-        assert "listens to" in run("predictor", "connect", typed.endpoint, *node).stdout
+        assert done.out == f"The node at {node[1]} listens to {typed.endpoint} now; {before}.\n"
+        assert "listens to" in run("predictor", "connect", typed.endpoint, *node).out
         assert serving.link.endpoint == typed.endpoint
-        shown = run("status", "-e", node[1]).stdout
+        shown = run("status", "-e", node[1]).out
         assert "on trial" in shown
         refused = run("predictor", "connect", "unix:nowhere.sock", *node)
-        assert refused.returncode == 1
-        assert f"unix:{Path.cwd()}/nowhere.sock" in refused.stderr
-        assert "Traceback" not in refused.stderr
-        assert quiet_answer(serving.client, num_tokens=NUM_TOKENS) == serving.quiet
+        assert refused.code == 1
+        assert f"unix:{Path.cwd()}/nowhere.sock" in refused.err
+        assert "Traceback" not in refused.err
+        assert quiet_answer(serving.client, num_tokens=FEWER_TOKENS) == serving.quiet[:FEWER_TOKENS]

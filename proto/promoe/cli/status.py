@@ -95,7 +95,7 @@ def _table(report: StackReport) -> Table:
         table.add_row("", f"{node.device.name}: {node.device.reason}")
         table.add_row("", f"store {node.store.state.value}, link {node.device.link}")
         table.add_row("predictor", _predictor_row(node))
-        for phrase in _takeover_phrases(node.predictor):
+        for phrase in takeover_phrases(node.predictor):
             table.add_row("", phrase)
     if report.store is not None:
         table.add_row("store", _store_phrase(report.store))
@@ -126,7 +126,8 @@ def _predictor_row(node: NodeInfo) -> str:
     return f"{link.active.version} at {link.endpoint}: {link.state.value}, lookahead {distance}"
 
 
-def _takeover_phrases(link: PredictorLink) -> list[str]:
+def takeover_phrases(link: PredictorLink) -> list[str]:
+    """Since when a node listens to its predictor, and what goes on beside."""
     phrases = [f"{link.candidate} is tried out beside it"] if link.candidate else []
     switch = link.last_switch
     if switch is not None:
