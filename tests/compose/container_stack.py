@@ -120,10 +120,12 @@ class ContainerStack:
         """From outside of all containers; tells failures at once."""
         return Client(self.endpoint(50051), RetryPolicy(max_attempts=1))
 
-    def answer(self, max_tokens: int = 16) -> str:
+    def answer(self, max_tokens: int = 16, ignore_eos: bool = False) -> str:
         """The likeliest answer to the prompt, which is always the same."""
         with self.client() as client:
-            return "".join(client.generate(PROMPT, max_tokens=max_tokens, temperature=0.0, deadline_s=120.0))
+            return client.complete(
+                PROMPT, max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos, deadline_s=120.0
+            ).text
 
     def close(self) -> None:
         """Takes everything down, volumes too."""

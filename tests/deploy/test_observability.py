@@ -17,7 +17,9 @@ OBSERVE: Final = ROOT / "deploy/observe"
 DASHBOARD: Final = json.loads((OBSERVE / "grafana/promoe.json").read_text())
 PANELS: Final = tuple(panel for panel in DASHBOARD["panels"] if panel["type"] != "row")
 EXPRESSIONS: Final = tuple(target["expr"] for panel in PANELS for target in panel["targets"])
-ALERTS: Final = tuple(rule for group in yaml.safe_load((OBSERVE / "alerts.yml").read_text())["groups"] for rule in group["rules"])
+ALERTS: Final = tuple(
+    rule for group in yaml.safe_load((OBSERVE / "alerts.yml").read_text())["groups"] for rule in group["rules"]
+)
 GRID_WIDTH: Final = 24
 SUFFIXES: Final = ("_total", "_bucket", "_sum", "_count")
 
