@@ -4,8 +4,11 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Final
 
 import pytest
+
+_FETCH_DEADLINE_S: Final = 120.0
 
 
 def find_promtool(folder: Path) -> str:
@@ -15,9 +18,11 @@ def find_promtool(folder: Path) -> str:
         return installed
     if os.environ.get("CI") != "true" or os.geteuid() != 0 or shutil.which("apt-get") is None:
         pytest.skip("promtool is not installed here; Debian has it in its package prometheus")
-    # `_apt` may not write below the tests' private folder, and apt says so on standard error.
-    subprocess.run(["apt-get", "update", "-qq"], check=True, capture_output=True)
-    subprocess.run(["apt-get", "download", "-qq", "prometheus"], cwd=folder, check=True, capture_output=True)
+    try:
+        for command in (("apt-get", "update", "-qq"), ("apt-get", "download", "-qq", "prometheus")):
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=_FETCH_DEADLINE_S)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"promtool is not installed here, and Debian's package cannot be fetched: {error}")
     (package,) = folder.glob("prometheus_*.deb")
     subprocess.run(["dpkg", "-x", str(package), str(folder)], check=True)
     return str(folder / "usr/bin/promtool")

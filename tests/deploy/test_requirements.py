@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Final
 
@@ -63,6 +64,7 @@ def distributions(top_level_names: Iterable[str]) -> set[str]:
     }
 
 
+@cache
 def loaded_at_start(service: str) -> set[str]:
     """The distributions that the running service has loaded, plug-ins included."""
     plugins = [path.partition(":")[0] for path in PROJECT["entry-points"]["promoe.predictors"].values()]
