@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-SOURCES := $(wildcard proto/promoe compute_node expert_store predictor_service deploy tests)
+SOURCES := $(wildcard proto/promoe compute_node expert_store predictor_service tests)
 # What decides on the engine thread is compiled where there is a C compiler; setup.py says how.
 COMPILED := $(shell cat compute_node/compiled_modules.txt)
 PROTOS := $(wildcard proto/promoe/v1/*.proto)
@@ -21,7 +21,7 @@ RELEASED := proto/released
 BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-split bench-upgrade bench-trace bench-device bench-pack bench-store
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-upgrade test check style types schema architecture bench $(BENCHES) proto release-schema interpreted clean
+.PHONY: help setup demo demo-upgrade test test-compose check style types schema architecture bench $(BENCHES) proto release-schema interpreted clean
 
 help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -62,6 +62,11 @@ demo-upgrade: $(READY) ## Changes predictors under a load of 8 streams and draws
 # One thread each: the models are tiny, and several processes share the cores.
 test: $(READY) ## Runs every test that this machine can run.
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+# On the engine that docker's client finds; PROMOE_INSTALL_ENGINE=1 installs and starts one (root, Debian 12; CI does so by
+# itself).
+test-compose: $(READY) ## Builds the images and tries the stack in containers: minutes.
+	PROMOE_TEST_COMPOSE=1 $(BIN)/python -m pytest tests/compose tests/deploy
 
 check: style types schema architecture ## Format, lint, types, schema, fresh stubs, architecture.
 

@@ -23,7 +23,7 @@ LOCK_LINES: Final = tuple(
 LOCKED: Final = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LOCK_LINES)}
 LOWEST_SUPPORTED: Final = ("grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-tools")
 MAKE_TARGETS: Final = (
-    *("demo", "test", "check", "bench"),
+    *("demo", "test", "test-compose", "check", "bench"),
     *("bench-overhead", "bench-sweep", "bench-predictors", "bench-device", "bench-pack", "bench-store"),
 )
 

