@@ -52,7 +52,9 @@ class PlannedDevice:
         """
         if asked.gpu_nbytes is not None:
             if config.device is DeviceChoice.CPU or config.link_bytes_per_s is not None:
-                raise SettingUnfit("--gpu-memory plans for a GPU; compute.device=cpu and a played link are for the CPU.")
+                raise SettingUnfit(
+                    "--gpu-memory plans for a GPU; compute.device=cpu and a played link are for the CPU."
+                )
             return cls("cuda", "a GPU of the size given", asked.gpu_nbytes - CONTEXT_NBYTES, None)
         device = choose_device(config.device, config.link_bytes_per_s).device
         free_nbytes = device.memory().free_nbytes

@@ -68,3 +68,13 @@ class HostRoom:
     nbytes: int
     limit: str
     reserve_nbytes: int
+
+    @classmethod
+    def of_document(cls, document: object) -> "HostRoom":
+        """Raises InvalidInput for anything but its fields."""
+        if not isinstance(document, dict):
+            raise InvalidInput("A host's room is a JSON object.")
+        try:
+            return cls(int(document["nbytes"]), str(document["limit"]), int(document["reserve_nbytes"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"This is not a host's room ({error!r}).") from error

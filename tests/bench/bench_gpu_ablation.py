@@ -25,7 +25,13 @@ from compute_node.config import DeviceChoice
 from compute_node.device.choice import choose_device
 from compute_node.device.seam import Device
 from compute_node.moe_forward import register_experts_function
-from compute_node.planning.made_up_routing import RoutingFigures, RoutingGeometry, RoutingLaw, fitted_law, structured_routing
+from compute_node.planning.made_up_routing import (
+    RoutingFigures,
+    RoutingGeometry,
+    RoutingLaw,
+    fitted_law,
+    structured_routing,
+)
 from compute_node.schedule import POLICIES, HintUse, SchedulePolicy
 from tests.bench.bench_device import SIZE_FLAGS, fastest_resident, say, shape_of
 from tests.bench.decode_loop import Conversation, zipf_conversation
