@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from compute_node.clocked_transfers import LinkModel
 from compute_node.planning.compute_cost import ComputeCost
-from compute_node.planning.made_up_run import with_cost
+from compute_node.planning.made_up_run import distinct_experts, with_cost
 from compute_node.replay.hint_plan import HintSettings, HintSource
 from compute_node.replay.recorded_run import RecordedRun
 from compute_node.replay.simulation import Outcome, Simulation, WhatIf
@@ -60,6 +60,11 @@ class Forecaster:
 
     def at(self, slots_per_layer: int) -> RatedForecast:
         """One cache rate."""
+        if slots_per_layer == self.run.geometry.num_experts:
+            distinct = distinct_experts(self.run)
+            return RatedForecast(
+                slots_per_layer, self.costs.low.step_s(distinct), self.costs.high.step_s(distinct), 1.0, 1.0
+            )
         best = self._simulated(slots_per_layer, self.costs.low, HintSource.ORACLE)
         worst = self._simulated(slots_per_layer, self.costs.high, HintSource.NONE)
         return RatedForecast(

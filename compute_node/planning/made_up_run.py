@@ -21,10 +21,13 @@ from promoe.node_report import CacheShape, DeviceInfo, ModelInfo, Number, Servic
 from promoe.trace_events import LayerEvent
 from promoe.trace_header import TraceHeader
 
-PROMPT_TOKENS: Final = 64
+PROMPT_TOKENS: Final = 32
 """Of each made-up request; what its prefill leaves in the slots is what decoding begins with."""
 
-DECODE_STEPS: Final = 48
+MOST_STEPS: Final = 48
+LEAST_STEPS: Final = 16
+MOST_VISITS: Final = 4000
+"""Decode steps are as many as keep layers × requests × steps about there: a forecast is to take seconds."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Conversation:
         """As skewed and as persistent as the demo model's routing of English text."""
         geometry = RoutingGeometry(spec.num_moe_layers, spec.num_experts, spec.experts_per_token)
         law = fitted_law(geometry)
-        num_tokens = PROMPT_TOKENS + DECODE_STEPS
+        num_tokens = PROMPT_TOKENS + _num_steps(spec, num_requests)
         return cls(tuple(structured_routing(geometry, law, num_tokens, seed) for seed in range(num_requests)))
 
     def run(self, spec: ModelSpec) -> RecordedRun:
@@ -49,7 +52,7 @@ class Conversation:
         return RecordedRun(_header(spec), geometry, tuple(self._steps(spec)))
 
     def _steps(self, spec: ModelSpec) -> Iterator[RecordedStep]:
-        for number in range(1 + DECODE_STEPS):
+        for number in range(1 + _num_steps(spec, len(self.routings))):
             is_prefill = number == 0
             rows = slice(0, PROMPT_TOKENS) if is_prefill else slice(PROMPT_TOKENS + number - 1, PROMPT_TOKENS + number)
             num_tokens = rows.stop - rows.start
@@ -94,6 +97,10 @@ def distinct_experts(run: RecordedRun) -> float:
     """That a layer needs in a decode step, on average; 0 for a run without any."""
     needed = [len(layer.needed) for step in run.steps if step.phase is Phase.DECODE for layer in step.layers]
     return sum(needed) / max(1, len(needed))
+
+
+def _num_steps(spec: ModelSpec, num_requests: int) -> int:
+    return max(LEAST_STEPS, min(MOST_STEPS, MOST_VISITS // (spec.num_moe_layers * num_requests)))
 
 
 def _costed(step: RecordedStep, cost: ComputeCost) -> RecordedStep:

@@ -298,7 +298,7 @@ class MetaModel:
             )
 
     def dtype_of(self, target: str) -> torch.dtype:
-        """As Transformers loads it and a pack keeps it: float32 where the family wants that, else the parameter's own."""
+        """As Transformers loads it and a pack keeps it: float32 where the family wants it, else the parameter's own."""
         if self._kept_dtypes is not None and self._kept_dtypes.search(target):
             return torch.float32
         return self._state[target].dtype
