@@ -86,7 +86,7 @@ class DeviceNeeds:
             ("KV blocks", kv_nbytes, f"{kv_tokens} tokens, context {context}"),
             ("expert slots", slots * self.layer_slots_nbytes, f"{slots} of {self.spec.num_experts} a layer"),
         )
-        return list(self._waterfall(parts))
+        return [*self._overdrawn(), *self._waterfall(parts)]
 
     @property
     def layer_slots_nbytes(self) -> int:
@@ -102,6 +102,12 @@ class DeviceNeeds:
     def most_slots(self) -> int | None:
         """Per layer, as many as fit; None if not even one does."""
         return self._largest(self.spec.num_experts, lambda slots: self._with(expert_slots=slots, cache_rate=None))
+
+    def _overdrawn(self) -> Iterator[Need]:
+        """More was asked for than the device has free, which the node refuses whatever is needed of it."""
+        asked_nbytes = self.config.memory_bytes
+        if asked_nbytes is not None and asked_nbytes > self.free_nbytes:
+            yield Need("--memory", asked_nbytes, max(0, self.free_nbytes), "what was asked for; what is free")
 
     def _waterfall(self, parts: tuple[tuple[str, int, str], ...]) -> Iterator[Need]:
         left_nbytes = max(0, self.budget_nbytes)
@@ -137,10 +143,12 @@ class DeviceNeeds:
         return f"--max-context {tokens}" if tokens >= min(SHORTEST_CONTEXT_TOKENS, context // 2) > 0 else None
 
     def _more_memory(self) -> Iterator[str]:
-        least_nbytes = sum(part.need_nbytes for part in self.parts())
+        least_nbytes = sum(part.need_nbytes for part in self.parts() if part.name != "--memory")
         rest_nbytes = least_nbytes - self.needs.dense_nbytes
-        if self.config.memory_bytes is not None and least_nbytes <= self.free_nbytes:
-            yield f"--memory {_mebibytes(least_nbytes)}"
+        free_mib = self.free_nbytes >> 20
+        if self.config.memory_bytes is not None and self._with(memory_bytes=free_mib << 20).plan() is not None:
+            is_too_much = self.config.memory_bytes > self.free_nbytes
+            yield f"--memory {free_mib}MiB" if is_too_much else f"--memory {_mebibytes(least_nbytes, free_mib)}"
         elif self.is_asked_gpu:
             yield f"--gpu-memory {_mebibytes(self.needs.dense_nbytes + rest_nbytes / BUDGET_SHARE + CONTEXT_NBYTES)}"
         elif self.config.memory_bytes is not None and self._with(memory_bytes=None).plan() is not None:
@@ -149,5 +157,7 @@ class DeviceNeeds:
             yield "--dtype bfloat16 (halves weights and experts)"
 
 
-def _mebibytes(nbytes: float) -> str:
-    return f"{-(-int(nbytes) >> 20) + 1}MiB"
+def _mebibytes(nbytes: float, most_mib: int | None = None) -> str:
+    """Rounded up."""
+    mib = -(-int(nbytes) >> 20) + 1
+    return f"{mib if most_mib is None else min(mib, most_mib)}MiB"
