@@ -110,10 +110,10 @@ def plan_memory(config: ComputeConfig, spec: ModelSpec, needs: MemoryNeeds, free
         SettingUnfit: a cache rate below one slot per layer, or more slots than experts.
     """
     slot_nbytes = spec.layout.blob_stride_nbytes
-    context = min(config.max_context_tokens or DEFAULT_CONTEXT_TOKENS, spec.max_context_tokens)
-    budget_nbytes = _budget(config, needs, free_nbytes) - needs.workspace_nbytes
+    context = planned_context(config, spec)
+    budget_nbytes = free_budget(config, needs, free_nbytes) - needs.workspace_nbytes
     least_kv_nbytes = context * needs.kv_nbytes_per_token
-    asked_slots = _asked_slots(config, spec)
+    asked_slots = slots_asked_for(config, spec)
     layer_slots_nbytes = slot_nbytes * spec.num_moe_layers
     least_nbytes = (asked_slots or 1) * layer_slots_nbytes + least_kv_nbytes
     if least_nbytes > budget_nbytes:
@@ -140,8 +140,17 @@ def plan_memory(config: ComputeConfig, spec: ModelSpec, needs: MemoryNeeds, free
     )
 
 
-def _budget(config: ComputeConfig, needs: MemoryNeeds, free_nbytes: int) -> int:
-    """Bytes for slots, KV and workspace."""
+def planned_context(config: ComputeConfig, spec: ModelSpec) -> int:
+    """Tokens of the longest prompt plus answer."""
+    return min(config.max_context_tokens or DEFAULT_CONTEXT_TOKENS, spec.max_context_tokens)
+
+
+def free_budget(config: ComputeConfig, needs: MemoryNeeds, free_nbytes: int) -> int:
+    """Bytes for slots, KV and workspace, beside the dense weights.
+
+    Raises:
+        InsufficientMemory: more was asked for than is free.
+    """
     if config.memory_bytes is None:
         return int(free_nbytes * BUDGET_SHARE)
     budget_nbytes = config.memory_bytes - needs.dense_nbytes
@@ -153,7 +162,12 @@ def _budget(config: ComputeConfig, needs: MemoryNeeds, free_nbytes: int) -> int:
     return budget_nbytes
 
 
-def _asked_slots(config: ComputeConfig, spec: ModelSpec) -> int | None:
+def slots_asked_for(config: ComputeConfig, spec: ModelSpec) -> int | None:
+    """Per layer; None: as many as fit.
+
+    Raises:
+        SettingUnfit: less than one, or more than there are experts.
+    """
     if config.expert_slots is not None:
         if config.expert_slots > spec.num_experts:
             raise SettingUnfit(
@@ -182,4 +196,5 @@ def _shortage(slots: int, layer_slots_nbytes: int, kv_nbytes: int, budget_nbytes
 
 
 def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.0f} MiB"
+    mib = nbytes / 2**20
+    return f"{mib:.0f} MiB" if mib >= 100 else f"{mib:.3g} MiB"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Final
 
 from promoe.errors import InsufficientMemory
+from promoe.footprint import HostRoom
 
 _CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
 
@@ -13,14 +14,20 @@ _RESERVE_NBYTES: Final = 128 << 20
 
 def check_room_for(arena_nbytes: int) -> None:
     """Raises InsufficientMemory naming the number that is short."""
+    room = host_room()
+    wanted = arena_nbytes + room.reserve_nbytes
+    if wanted > room.nbytes:
+        raise InsufficientMemory(
+            f"The arena needs {_gib(wanted)} GiB, but {room.limit} leaves {_gib(room.nbytes)} GiB: "
+            f"{_gib(wanted - room.nbytes)} GiB are short. Free memory or raise the limit (docker: mem_limit)."
+        )
+
+
+def host_room() -> HostRoom:
+    """What the tightest limit leaves at this moment."""
     rooms = [(_free_nbytes(), "free memory"), *((room, "the cgroup's memory limit") for room in _cgroup_rooms())]
     available, limit = min(rooms)
-    wanted = arena_nbytes + _RESERVE_NBYTES
-    if wanted > available:
-        raise InsufficientMemory(
-            f"The arena needs {_gib(wanted)} GiB, but {limit} leaves {_gib(max(available, 0))} GiB: "
-            f"{_gib(wanted - available)} GiB are short. Free memory or raise the limit (docker: mem_limit)."
-        )
+    return HostRoom(max(available, 0), limit, _RESERVE_NBYTES)
 
 
 def _gib(nbytes: int) -> str:

@@ -84,7 +84,7 @@ class Checkpoint:
             _add_file(digest, file, header)
         if (folder / _INDEX_FILE).is_file():
             _refuse_missing(folder, tensors)
-        _refuse_quantised_tensors(name, tensors)
+        refuse_quantised_tensors(name, tensors)
         return cls(name, folder, config, tensors, digest.hexdigest())
 
     @property
@@ -214,7 +214,8 @@ def _refuse_missing(folder: Path, tensors: dict[str, StoredTensor]) -> None:
         )
 
 
-def _refuse_quantised_tensors(name: str, tensors: dict[str, StoredTensor]) -> None:
+def refuse_quantised_tensors(name: str, tensors: dict[str, StoredTensor]) -> None:
+    """Raises ModelUnsupported naming the first tensor of an element type that cannot be packed."""
     known = DTYPE_OF_SAFETENSORS.keys() | _INDEX_DTYPES
     for key, tensor in tensors.items():
         if tensor.dtype not in known:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -69,7 +69,7 @@ class DenseFolderWriter:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         made = {target for unit in units for target in unit.targets}
-        renames = _tied_renames(self._model.tied, made)
+        renames = tied_renames(self._model.tied, made)
         for unit in units:
             for name, tensor in self._model.convert(unit, read).items():
                 self._take(renames.get(name, name), tensor)
@@ -162,15 +162,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
     elements first, so that all are aligned (https://huggingface.co/docs/safetensors). Disk errors are OSError.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, object] = {"__metadata__": _METADATA}
-    offset = 0
-    for name, tensor in ordered:
-        entry = {"dtype": _SAFETENSORS_DTYPES[tensor.dtype], "shape": list(tensor.shape)}
-        header[name] = {**entry, "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    start = struct.pack("<Q", len(raw)) + raw
+    start = safetensors_start(ordered)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         write_at(fd, memoryview(start), 0)
@@ -184,7 +176,20 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
     return position
 
 
-def _tied_renames(tied: Mapping[str, str], made: set[str]) -> dict[str, str]:
+def safetensors_start(ordered: Iterable[tuple[str, torch.Tensor]]) -> bytes:
+    """What comes before the bytes of these tensors, which may be on meta."""
+    header: dict[str, object] = {"__metadata__": _METADATA}
+    offset = 0
+    for name, tensor in ordered:
+        entry = {"dtype": _SAFETENSORS_DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**entry, "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def tied_renames(tied: Mapping[str, str], made: set[str]) -> dict[str, str]:
     """Under which name a tied tensor is stored: once, under its first name, whichever the checkpoint used."""
     return {second: first for second, first in tied.items() if second in made}
 

@@ -158,8 +158,8 @@ class MetaModel:
         return dict(self._model.all_tied_weights_keys)
 
     def state_nbytes(self, name: str) -> int:
-        """Bytes of one parameter or buffer."""
-        return self._state[name].nbytes
+        """Bytes of one parameter or buffer, in the format that it is packed in."""
+        return self._state[name].numel() * self.dtype_of(name).itemsize
 
     def module(self, name: str) -> torch.nn.Module:
         """A submodule, on meta."""
@@ -221,7 +221,7 @@ class MetaModel:
         Raises:
             PackDamaged: the checkpoint's tensors do not fit together or have other shapes than the config says.
         """
-        dtype = self._dtype_of(unit.targets[0])
+        dtype = self.dtype_of(unit.targets[0])
         patterns = [pattern for pattern in unit.patterns if pattern is not None]
         if not patterns:
             made = {unit.targets[0]: read(unit.sources[0]).to(dtype)}
@@ -252,7 +252,7 @@ class MetaModel:
     def _portions(self, unit: ConversionUnit, read: TensorReader) -> Callable[[range], dict[str, torch.Tensor]]:
         """Gives the unit's tensors for some experts; converts only those where the family's converter lets it."""
         target, pattern = unit.targets[0], unit.patterns[0]
-        dtype = self._dtype_of(target)
+        dtype = self.dtype_of(target)
         if len(unit.sources) == 1 and pattern is None:
             fused = read(unit.sources[0])
             self._refuse_other_shape(target, fused, tuple(self._state[target].shape))
@@ -297,8 +297,8 @@ class MetaModel:
                 "It is incomplete or does not belong to its config.json."
             )
 
-    def _dtype_of(self, target: str) -> torch.dtype:
-        """As Transformers loads it: what the family keeps in float32 first, then the built parameter's own."""
+    def dtype_of(self, target: str) -> torch.dtype:
+        """As Transformers loads it and a pack keeps it: float32 where the family wants it, else the parameter's own."""
         if self._kept_dtypes is not None and self._kept_dtypes.search(target):
             return torch.float32
         return self._state[target].dtype

@@ -2,6 +2,8 @@
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -23,8 +25,8 @@ _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 _HTTP_ERROR: Final[type[BaseException]] = HfHubHTTPError.__mro__[1]
 """The HTTP library's own error: huggingface_hub 1 is built on httpx, 2 on httpx2."""
 
-_SMALL_FILES: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
-_WEIGHT_FILES: Final = ("model*.safetensors",)
+SMALL_FILES: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+WEIGHT_FILES: Final = ("model*.safetensors",)
 """`model-00001-of-00002.safetensors`, but also `model.safetensors-00001-of-00002.safetensors`."""
 
 
@@ -44,16 +46,35 @@ def find_checkpoint(model: str | Path) -> Checkpoint:
         name = folder.name
         refuse_unsupported_config(name, read_config(folder))
         return Checkpoint.read(name, folder)
+    hub_id = checked_hub_id(model)
+    small = download(hub_id, SMALL_FILES)
+    refuse_unsupported_config(hub_id, read_config(small))
+    return Checkpoint.read(hub_id, download(hub_id, WEIGHT_FILES))
+
+
+def checked_hub_id(model: str | Path) -> str:
+    """What is no folder must be a hub id; raises ModelNotFound if it cannot be one."""
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         raise ModelNotFound(f"There is no folder {model}, and it is not a hub id such as `owner/name`.")
-    small = _download(model, _SMALL_FILES)
-    refuse_unsupported_config(model, read_config(small))
-    return Checkpoint.read(model, _download(model, _WEIGHT_FILES))
+    return model
 
 
-def _download(hub_id: str, patterns: tuple[str, ...]) -> Path:
-    try:
+def download(hub_id: str, patterns: tuple[str, ...]) -> Path:
+    """Files of a hub model, in the hub's local cache; returns their folder. Errors are those of `hub_failures`."""
+    with hub_failures(hub_id):
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+
+
+@contextmanager
+def hub_failures(hub_id: str) -> Iterator[None]:
+    """Says in a sentence what the hub did not give.
+
+    Raises:
+        ModelNotFound: no such model, or none that can be had from here.
+        ResourceExhausted: the disk of the local cache is full.
+    """
+    try:
+        yield
     except GatedRepoError as error:
         raise ModelNotFound(
             f"{hub_id} is gated: accept its terms on the hub, then log in with `hf auth login` and try again."

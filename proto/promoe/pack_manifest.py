@@ -53,14 +53,17 @@ class PackManifest:
         """xxh3-64 of the expert's blob."""
         return int(self.blob_checksums[expert.layer][expert.expert], 16)
 
-    def write(self, pack_dir: Path) -> None:
-        """Writes the manifest atomically, with a checksum over itself; call it last."""
-        document = {"pack_version": PACK_VERSION, **asdict(self)}
-        document["spec"]["layout"]["dtype"] = self.spec.layout.dtype.value
+    def as_text(self) -> str:
+        """The file's content, with a checksum over itself."""
+        document = {"pack_version": PACK_VERSION, **asdict(self), "spec": spec_document(self.spec)}
         document["manifest_checksum"] = _checksum(document)
+        return json.dumps(document, indent=1)
+
+    def write(self, pack_dir: Path) -> None:
+        """Writes the manifest atomically; call it last."""
         partial = pack_dir / f"{MANIFEST_FILE}.tmp"
         with partial.open("w") as file:
-            file.write(json.dumps(document, indent=1))
+            file.write(self.as_text())
             file.flush()
             os.fsync(file.fileno())
         partial.replace(pack_dir / MANIFEST_FILE)
@@ -83,7 +86,7 @@ class PackManifest:
             if document.pop("manifest_checksum") != _checksum(document):
                 raise PackDamaged(f"{path} was changed after it was written. Run `promoe pack` again.")
             manifest = cls(
-                spec=_spec_of(document["spec"]),
+                spec=spec_of(document["spec"]),
                 blob_checksums=tuple(tuple(layer) for layer in document["blob_checksums"]),
                 layer_modules=tuple(document["layer_modules"]),
                 dense_checksums=dict(document["dense_checksums"]),
@@ -130,8 +133,15 @@ def _checksum(document: dict[str, object]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(document, sort_keys=True).encode())
 
 
-def _spec_of(document: dict[str, object]) -> ModelSpec:
-    layout = document.pop("layout")
+def spec_document(spec: ModelSpec) -> dict[str, object]:
+    """A geometry for JSON."""
+    layout = {**asdict(spec.layout), "dtype": spec.layout.dtype.value}
+    return {**asdict(spec), "layout": layout}
+
+
+def spec_of(document: dict[str, object]) -> ModelSpec:
+    """The geometry that `spec_document` wrote; raises KeyError, TypeError or ValueError for anything else."""
+    layout = document["layout"]
     if not isinstance(layout, dict):
         raise TypeError("layout is not an object")
     tensors = tuple(

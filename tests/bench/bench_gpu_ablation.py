@@ -25,6 +25,13 @@ from compute_node.config import DeviceChoice
 from compute_node.device.choice import choose_device
 from compute_node.device.seam import Device
 from compute_node.moe_forward import register_experts_function
+from compute_node.planning.made_up_routing import (
+    RoutingFigures,
+    RoutingGeometry,
+    RoutingLaw,
+    fitted_law,
+    structured_routing,
+)
 from compute_node.schedule import POLICIES, HintUse, SchedulePolicy
 from tests.bench.bench_device import SIZE_FLAGS, fastest_resident, say, shape_of
 from tests.bench.decode_loop import Conversation, zipf_conversation
@@ -41,15 +48,7 @@ from tests.bench.policy_turns import PolicyTurns, Talk
 from tests.bench.random_moe import SHAPES, MoeShape, RandomArena, build_model, open_arena
 from tests.bench.report import RESULTS, Sample, out_argument, write_report
 from tests.bench.side_by_side import SharedModel
-from tests.bench.structured_routing import (
-    RoutedConversation,
-    RoutingFigures,
-    RoutingGeometry,
-    RoutingLaw,
-    RoutingOverride,
-    fitted_law,
-    structured_routing,
-)
+from tests.bench.structured_routing import RoutedConversation, RoutingOverride
 
 CACHE_RATES: Final = (0.25, 0.5)
 BURST_SHARE: Final = 0.97

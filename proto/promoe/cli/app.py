@@ -13,6 +13,7 @@ from promoe.cli.doctor import DoctorFlags, doctor
 from promoe.cli.generate import GenerateFlags, generate
 from promoe.cli.options import takes
 from promoe.cli.pack import PackFlags, pack
+from promoe.cli.plan import PlanFlags, plan
 from promoe.cli.predictor import make_predictor_app
 from promoe.cli.status import StatusFlags, status
 from promoe.cli.top import TopFlags, top
@@ -38,6 +39,7 @@ def make_app() -> typer.Typer:
     app.command()(takes(StatusFlags)(status))
     app.command()(takes(TopFlags)(top))
     app.command()(takes(PackFlags)(pack))
+    app.command()(takes(PlanFlags)(plan))
     app.command()(takes(DemoFlags)(demo))
     app.command()(takes(DoctorFlags)(doctor))
     app.add_typer(make_trace_app())
