@@ -19,6 +19,8 @@ from predictor_service.catalogue import Catalogue
 from predictor_service.choice import choose_predictor
 from predictor_service.config import AUTO, PredictorConfig
 from predictor_service.feed import Feed
+from predictor_service.learner.config import LearnerConfig
+from predictor_service.learning import Learning, LearningSettings
 from predictor_service.metrics import metrics_page
 from predictor_service.packet_server import PacketServer
 from predictor_service.predictor import PredictorSource
@@ -45,8 +47,17 @@ _SPARE_CONNECTIONS: Final = 4
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
-def serve(config: PredictorConfig) -> None:
-    """Serves until SIGTERM or SIGINT; raises the PromoeError or SettingUnfit that keeps it from running."""
+def serve(config: PredictorConfig, learner: LearnerConfig, settings: tuple[str, ...]) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Args:
+        config: of the service.
+        learner: of what learns beside it.
+        settings: as they were given, for the learner's process.
+
+    Raises:
+        PromoeError, SettingUnfit: what keeps it from running.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # here and in every thread to come: sigwait takes them
     spec = PackManifest.read(config.pack).spec
     source = PredictorSource(spec, config.pack, config.artifact, config.lookahead)
@@ -56,22 +67,37 @@ def serve(config: PredictorConfig) -> None:
     feed = Feed()
     service = PredictorService(spec, lambda: versions.lineup, limits, feed)
     stage = Stage(versions, feed, ShadowSource(config.pack, config.registry), service.costs)
+    learning = _plan_learning(config, LearningSettings(learner, settings), stage, catalogue, feed)
     with metrics_page(service.stats, config.metrics_listen):
         server = ThreadedRpcServer((SERVICE_NAME, ADMIN_SERVICE_NAME), config.max_sessions + MOST_WATCHERS)
         service.register(server.server)
-        PredictorAdminService(stage, catalogue).register(server.server)
+        PredictorAdminService(stage, catalogue, learning).register(server.server)
         endpoint = _listen(server, config.listen)
         packets = _open_packets(service, endpoint, config.max_sessions)
         server.start()
         versions.started()
+        if learning is not None:
+            learning.start()
         server.set_serving(True)
         logger.info("Predicting %s with %s at %s.", spec.name, versions.active.version.version, endpoint)
         signal.sigwait(_STOP_SIGNALS)
         service.end_streams(Unavailable("The predictor service is shutting down."))
+        if learning is not None:
+            learning.close()
         stage.close()
         if packets is not None:
             packets.close()
         server.stop(config.drain_deadline_s)
+
+
+def _plan_learning(
+    config: PredictorConfig, asked: LearningSettings, stage: Stage, catalogue: Catalogue, feed: Feed
+) -> Learning | None:
+    if not asked.config.enabled:
+        return None
+    if config.registry is None:
+        raise SettingUnfit("learner.enabled is true, and predictor.registry is not given: candidates are published there")
+    return Learning(asked, Registry(config.registry), stage, catalogue, feed)
 
 
 def _begin_versions(config: PredictorConfig, source: PredictorSource, catalogue: Catalogue) -> Versions:
@@ -129,12 +155,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings(options.config, options.set)
         config = settings.section("predictor", PredictorConfig)
+        learner = settings.section("learner", LearnerConfig)
         configure_logging("predictor_service", settings.section("log", LogConfig).level)
     except ValueError as error:
         sys.stderr.write(f"predictor_service: {error}\n")
         return 2
     try:
-        serve(config)
+        serve(config, learner, _as_given(options.config, options.set))
     except SettingUnfit as error:  # any other ValueError is a bug, and its traceback is wanted
         sys.stderr.write(f"predictor_service: {error}\n")
         return 2
@@ -142,6 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"predictor_service: {error}\n")
         return exit_status(error)
     return 0
+
+
+def _as_given(config: Path | None, assignments: Sequence[str]) -> tuple[str, ...]:
+    given = ("--config", str(config)) if config is not None else ()
+    return (*given, *(text for assignment in assignments for text in ("--set", assignment)))
 
 
 if __name__ == "__main__":

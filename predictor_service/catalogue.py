@@ -58,6 +58,11 @@ class Catalogue:
         known = ", ".join(info.version for info in self.versions())
         raise ModelNotFound(f"There is no version {version} of a predictor here; known: {known}.")
 
+    def artifact_path(self, version: str) -> Path | None:
+        """The file of a version; None for a plug-in's, and for what is known from elsewhere."""
+        found = self._artifact_of(VersionName.parse(version)) if "@" in version else None
+        return None if found is None else found[0]
+
     def _artifact_of(self, name: VersionName) -> tuple[Path, str] | None:
         """The file of that name and its kind; a published one goes before one that comes with promoe."""
         if self._registry is not None:

@@ -16,7 +16,7 @@ from predictor_service.feed import Feed
 from predictor_service.predictor import Predictor
 from predictor_service.session import VersionCost
 from predictor_service.shadow.process import ShadowProcess, ShadowSource
-from predictor_service.shadow.tally import MOST_TALLIES, ScoreReport, StepComparison, VersionTally
+from predictor_service.shadow.tally import MOST_TALLIES, ScoreReport, VersionTally
 from predictor_service.version_log import Wish
 from predictor_service.versions import Versions
 from promoe.errors import PromoeError, Unavailable
@@ -51,14 +51,14 @@ class Stage:
         costs: of the versions that made hints.
 
     Attributes:
-        listeners: are told of every comparison, on a thread that must not be kept.
+        listeners: are told of every report, on a thread that must not be kept.
     """
 
     def __init__(
         self, versions: Versions, feed: Feed, source: ShadowSource, costs: Callable[[], Mapping[str, VersionCost]]
     ) -> None:
         self.versions = versions
-        self.listeners: list[Callable[[StepComparison], None]] = []
+        self.listeners: list[Callable[[ScoreReport], None]] = []
         self._feed = feed
         self._source = source
         self._costs = costs
@@ -222,9 +222,8 @@ class Stage:
             self._running = report.tallies
             self._gain.comparisons += len(report.comparisons)
             self._gain.total += sum(compared.shadow_score - compared.active_score for compared in report.comparisons)
-        for comparison in report.comparisons:
-            for listener in self.listeners:
-                listener(comparison)
+        for listener in self.listeners:
+            listener(report)
 
     def _fail(self, process: ShadowProcess, problem: str) -> None:
         with self._counting:

@@ -8,11 +8,12 @@ from typing import Final
 import grpc
 
 from predictor_service.catalogue import Catalogue
+from predictor_service.learning import Learning
 from predictor_service.stage import Stage
 from predictor_service.version_log import Wish
 from predictor_service.versions import Versions
-from promoe.errors import InvalidInput, Overloaded
-from promoe.predictor_versions import VersionInfo, VersionState
+from promoe.errors import InvalidInput, ModelMismatch, Overloaded
+from promoe.predictor_versions import LearnerReport, LearnerState, VersionInfo, VersionState
 from promoe.typed_message import encode_message
 from promoe.v1 import predictor_admin_pb2 as pb
 from promoe.v1 import predictor_admin_pb2_grpc as pb_grpc
@@ -21,6 +22,10 @@ ADMIN_SERVICE_NAME: Final = "promoe.v1.PredictorAdmin"
 
 MOST_WATCHERS: Final = 8
 """At once: each keeps a thread."""
+
+_NOT_LEARNING: Final = (
+    "This service does not learn: it was started without learner.enabled (`promoe up --learn`), or has no registry."
+)
 
 _LEAST_INTERVAL_S: Final = 0.1
 _MOST_INTERVAL_S: Final = 60.0
@@ -32,9 +37,11 @@ class PredictorAdminService(pb_grpc.PredictorAdminServicer):
     Args:
         stage: which versions do what, and what changes it.
         catalogue: what there is.
+        learning: what learns while it serves; None where that is off.
     """
 
-    def __init__(self, stage: Stage, catalogue: Catalogue) -> None:
+    def __init__(self, stage: Stage, catalogue: Catalogue, learning: Learning | None = None) -> None:
+        self._learning = learning
         self._stage = stage
         self._versions = stage.versions
         self._catalogue = catalogue
@@ -64,12 +71,16 @@ class PredictorAdminService(pb_grpc.PredictorAdminServicer):
 
     def SetShadow(self, request: pb.SetShadowRequest, context: grpc.ServicerContext) -> pb.SetShadowResponse:
         """Loads, tries out, starts its process, writes down."""
-        change = self._stage.set_shadow(request.version, Wish(request.who, request.why))
+        wish = Wish(request.who, request.why)
+        self._step_aside(wish)
+        change = self._stage.set_shadow(request.version, wish)
         return pb.SetShadowResponse(change=None if change is None else encode_message(change, pb.VersionChange))
 
     def ClearShadow(self, request: pb.ClearShadowRequest, context: grpc.ServicerContext) -> pb.ClearShadowResponse:
         """Writes down, ends its process."""
-        change = self._stage.clear_shadow(Wish(request.who, request.why))
+        wish = Wish(request.who, request.why)
+        self._step_aside(wish)
+        change = self._stage.clear_shadow(wish)
         return pb.ClearShadowResponse(change=None if change is None else encode_message(change, pb.VersionChange))
 
     def WatchQuality(
@@ -93,6 +104,32 @@ class PredictorAdminService(pb_grpc.PredictorAdminServicer):
                     left.wait(interval_s)
         finally:
             self._watchers.release()
+
+    def Train(self, request: pb.TrainRequest, context: grpc.ServicerContext) -> pb.TrainResponse:
+        """Tells the learner."""
+        return pb.TrainResponse(accepted=self._learner().train(request.who, request.why))
+
+    def PauseLearner(
+        self, request: pb.PauseLearnerRequest, context: grpc.ServicerContext
+    ) -> pb.PauseLearnerResponse:
+        """Tells the learner."""
+        self._learner().pause(request.paused, request.who)
+        return pb.PauseLearnerResponse()
+
+    def GetLearner(self, request: pb.GetLearnerRequest, context: grpc.ServicerContext) -> pb.GetLearnerResponse:
+        """Answers from memory."""
+        off = LearnerReport(LearnerState.OFF, news=_NOT_LEARNING)
+        report = off if self._learning is None else self._learning.report()
+        return pb.GetLearnerResponse(report=encode_message(report, pb.LearnerReport))
+
+    def _learner(self) -> Learning:
+        if self._learning is None:
+            raise ModelMismatch(_NOT_LEARNING)
+        return self._learning
+
+    def _step_aside(self, wish: Wish) -> None:
+        if self._learning is not None:
+            self._learning.step_aside(wish.who, wish.why)
 
     def GetHistory(self, request: pb.GetHistoryRequest, context: grpc.ServicerContext) -> pb.GetHistoryResponse:
         """Reads the log."""

@@ -35,6 +35,7 @@ class Listener:
         self._candidate = candidate
         self._tallies: dict[str, VersionTally] = {}
         self._comparisons: list[StepComparison] = []
+        self._ended: list[str] = []
         self._sessions: dict[int, _Heard] = {}
 
     def hear(self, packet: bytes) -> None:
@@ -54,12 +55,15 @@ class Listener:
             answer = pb.PredictResponse.FromString(overheard.answer)
         except DecodeError as error:
             raise ValueError("a packet's messages cannot be decoded") from error
+        if said.HasField("requests_ended") and len(self._ended) < _MOST_COMPARISONS:
+            self._ended += said.requests_ended.request_ids
         self._session(overheard.session).hear(said, [decode_hint(hint) for hint in answer.hints.hints])
 
     def report(self) -> ScoreReport:
         """Everything counted so far, and the comparisons since the report before."""
         comparisons, self._comparisons = tuple(self._comparisons), []
-        return ScoreReport(self._tallies, comparisons)
+        ended, self._ended = tuple(self._ended), []
+        return ScoreReport(self._tallies, comparisons, ended)
 
     def _session(self, number: int) -> "_Heard":
         session = self._sessions.get(number)

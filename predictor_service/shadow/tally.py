@@ -56,27 +56,31 @@ class ScoreReport:
     Attributes:
         tallies: since its start, by version.
         comparisons: since the report before.
+        ended: requests that are over, since the report before.
     """
 
     tallies: dict[str, VersionTally]
     comparisons: tuple[StepComparison, ...] = ()
+    ended: tuple[str, ...] = ()
 
     def encode(self) -> dict[str, object]:
         """As JSON."""
         return {
             "tallies": {version: asdict(tally) for version, tally in self.tallies.items()},
             "comparisons": [asdict(comparison) for comparison in self.comparisons],
+            "ended": list(self.ended),
         }
 
     @classmethod
     def decode(cls, document: dict[str, object]) -> "ScoreReport":
         """From JSON; raises ValueError, KeyError or TypeError for what is none."""
-        tallies, comparisons = document["tallies"], document["comparisons"]
-        if not isinstance(tallies, dict) or not isinstance(comparisons, list):
-            raise ValueError("a report has tallies by version, and a list of comparisons")
+        tallies, comparisons, ended = document["tallies"], document["comparisons"], document["ended"]
+        if not isinstance(tallies, dict) or not isinstance(comparisons, list) or not isinstance(ended, list):
+            raise ValueError("a report has tallies by version, a list of comparisons, and one of requests")
         return cls(
             {version: VersionTally(**counts) for version, counts in tallies.items()},
             tuple(_comparison(entry) for entry in comparisons),
+            tuple(str(request_id) for request_id in ended),
         )
 
 

@@ -89,7 +89,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 def test_a_shadow_is_scored_beside_what_makes_the_hints(service: Service) -> None:
     compared: list[StepComparison] = []
-    service.stage.listeners.append(compared.append)
+    service.stage.listeners.append(lambda report: compared.extend(report.comparisons))
     change = service.stage.set_shadow("frequency", ANN)
     assert change is not None
     assert service.versions.lineup.is_scored

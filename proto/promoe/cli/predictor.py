@@ -13,6 +13,7 @@ import typer
 from promoe.cli.options import takes
 from promoe.cli.pack_cache import registry_folder
 from promoe.cli.predictor_endpoint import ConnectFlags, connect
+from promoe.cli.predictor_learn import LearnFlags, learn
 from promoe.cli.predictor_versions import (
     ActivateFlags,
     HistoryFlags,
@@ -63,6 +64,7 @@ def make_predictor_app() -> typer.Typer:
     app.command("list")(takes(ListFlags)(list_versions))
     app.command("activate")(takes(ActivateFlags)(activate))
     app.command("shadow")(takes(ShadowFlags)(shadow))
+    app.command("learn")(takes(LearnFlags)(learn))
     app.command("watch")(takes(WatchFlags)(watch))
     app.command("rollback")(takes(RollbackFlags)(rollback))
     app.command("history")(takes(HistoryFlags)(history))

@@ -54,6 +54,9 @@ class UpOptions:
     predictor: Annotated[
         str | None, typer.Option(help="Who predicts experts: auto (the best for the model), none, or a plug-in's name.")
     ] = None
+    learn: Annotated[
+        bool, typer.Option("--learn", help="The predictor learns from what is served: promoe predictor learn shows how.")
+    ] = False
     config: Annotated[Path | None, typer.Option(help="TOML file with the services' settings.")] = None
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; may be repeated.")
@@ -72,6 +75,7 @@ class UpOptions:
             "compute.listen": self.listen,
             "compute.link_bytes_per_s": self.link_bytes_per_s,
             "predictor.predictor": self.predictor,
+            "learner.enabled": "true" if self.learn else None,
         }
         return (*(self.settings or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None))
 

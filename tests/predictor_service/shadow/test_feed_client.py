@@ -68,7 +68,12 @@ def test_a_report_is_read_back_as_it_was() -> None:
             listener.hear(observe(step, layer, [2, 3]))
     report = listener.report()
     assert ScoreReport.decode(json.loads(json.dumps(report.encode()))) == report
-    wrongs: list[dict[str, object]] = [{}, {"tallies": [], "comparisons": []}, {"tallies": {}, "comparisons": [{}]}]
+    wrongs: list[dict[str, object]] = [
+        {},
+        {"tallies": [], "comparisons": [], "ended": []},
+        {"tallies": {}, "comparisons": [{}], "ended": []},
+        {"tallies": {}, "comparisons": [], "ended": "r1"},
+    ]
     for wrong in wrongs:
         with pytest.raises((ValueError, KeyError)):
             ScoreReport.decode(wrong)
