@@ -94,15 +94,21 @@ class Trained:
     """Networks with the weights of the best epoch, and how good they are.
 
     Attributes:
-        training, trainee, result: see there.
+        training, trainee, fit, result: see there.
         parent, before: the version that it began from, and how good that is on the same documents; or none.
     """
 
     training: Training
     trainee: Trainee
+    fit: Fit
     result: FitResult
     parent: str = ""
     before: Measured | None = None
+
+    def as_stored(self, artifact: Artifact) -> "Trained":
+        """The same, measured with the weights that its artifact stores, which has them in fewer bits."""
+        self.trainee.restore(artifact)
+        return replace(self, result=replace(self.result, measured=self.fit.measure()))
 
     def manifest(self, name: str, version: str, spec: ModelSpec, fingerprints: tuple[str, ...]) -> ArtifactManifest:
         """What the artifact says of itself; the data's description can be added to `training`."""
@@ -180,7 +186,7 @@ def train(
 
     if parent is None:
         fit = Fit(trainee, blocks, prepare, training.fit, spec.experts_per_token)
-        return Trained(training, trainee, fit.run(progress))
+        return Trained(training, trainee, fit, fit.run(progress))
     trainee.restore(parent)
     fit = Fit(trainee, blocks, prepare, training.fit, spec.experts_per_token)
     before = fit.measure()
@@ -191,7 +197,7 @@ def train(
             f"No epoch is better than {name} on held-out documents (loss {result.measured.loss:.4f}, {name}: "
             f"{before.loss:.4f}): nothing is written."
         )
-    return Trained(training, trainee, result, name, before)
+    return Trained(training, trainee, fit, result, name, before)
 
 
 def _first_block(blocks: BlockSource) -> TokenBlock:
