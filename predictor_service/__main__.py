@@ -96,7 +96,7 @@ def _plan_learning(
     if not asked.config.enabled:
         return None
     if config.registry is None:
-        raise SettingUnfit("learner.enabled is true, and predictor.registry is not given: candidates are published there")
+        raise SettingUnfit("learner.enabled is true and predictor.registry is missing: it takes the candidates")
     return Learning(asked, Registry(config.registry), stage, catalogue, feed)
 
 

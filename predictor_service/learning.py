@@ -1,15 +1,15 @@
 """The learner within its service: its child process, its decisions, and what they change. A thread of its own.
 
-    feed ──► child process ──► trained, status ─┐
-    shadow's process ──► comparisons ───────────┼──► this object's thread ──► Conductor ──► Stage
-    admins ──► train, pause, step aside ────────┘
+feed ──► child process ──► trained, status ─┐
+shadow's process ──► comparisons ───────────┼──► this object's thread ──► Conductor ──► Stage
+admins ──► train, pause, step aside ────────┘
 """
 
 import logging
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -17,7 +17,6 @@ from typing import Final, TypeVar
 from predictor_service.catalogue import Catalogue
 from predictor_service.feed import Feed
 from predictor_service.learner.child import LearnerChild
-from predictor_service.learner.comparison import StepComparison
 from predictor_service.learner.conductor import LEARNER, Conductor, LearnerState
 from predictor_service.learner.config import LearnerConfig
 from predictor_service.learner.control import (

@@ -109,9 +109,7 @@ class PredictorAdminService(pb_grpc.PredictorAdminServicer):
         """Tells the learner."""
         return pb.TrainResponse(accepted=self._learner().train(request.who, request.why))
 
-    def PauseLearner(
-        self, request: pb.PauseLearnerRequest, context: grpc.ServicerContext
-    ) -> pb.PauseLearnerResponse:
+    def PauseLearner(self, request: pb.PauseLearnerRequest, context: grpc.ServicerContext) -> pb.PauseLearnerResponse:
         """Tells the learner."""
         self._learner().pause(request.paused, request.who)
         return pb.PauseLearnerResponse()

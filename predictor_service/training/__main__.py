@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from predictor_service.artifact import ArtifactManifest, compact, write_artifact
+from predictor_service.artifact import Artifact, ArtifactManifest, compact, read_artifact, write_artifact
 from predictor_service.predictors import learned
 from predictor_service.training.progress_display import shown_progress
 from predictor_service.training.token_blocks import TraceBlocks
@@ -40,13 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        training = _training(options)
+        parent = None if options.parent is None else read_artifact(options.parent)
+        training = _training(options, parent)
         spec = PackManifest.read(options.pack).spec
         blocks = TraceBlocks(options.traces, OBSERVED_OF_KIND[training.kind], options.held_out, options.seed)
         _check_model(blocks, spec)
+        if parent is not None:
+            parent.manifest.check_model(spec, parent.path)
         with shown_progress(training.lookaheads) as progress:
-            trained = train(training, spec, options.pack, blocks, progress)
-        name = options.name or f"{training.kind}-{spec.name}"
+            trained = train(training, spec, options.pack, blocks, progress, parent)
+        name = options.name or (parent.manifest.name if parent else f"{training.kind}-{spec.name}")
         manifest = trained.manifest(name, options.version, spec, (spec.fingerprint, *options.also_fits))
         described = _with_data(manifest, options.traces, options.held_out)
         write_artifact(options.out, described, compact(trained.trainee.tensors()))
@@ -64,7 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="recorded with hidden states")
     parser.add_argument("--pack", type=Path, required=True, metavar="DIR", help="the expert pack that was served")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the artifact to write")
-    parser.add_argument("--kind", choices=KINDS, default=learned.KIND, help="default: %(default)s")
+    parser.add_argument("--kind", choices=KINDS, help=f"default: {learned.KIND}, or that of --from")
+    parser.add_argument(
+        "--from",
+        dest="parent",
+        type=Path,
+        metavar="FILE",
+        help="an artifact to begin from; its kind, lookaheads, units and objective are kept",
+    )
     parser.add_argument(
         "--lookahead", type=int, action="append", metavar="L", help="in MoE layers; can be given several times"
     )
@@ -119,8 +129,10 @@ def _tell(trained: Trained, out: Path) -> int:
     return _INTERRUPTED if result.was_interrupted else 0
 
 
-def _training(options: argparse.Namespace) -> Training:
-    training = Training.of(options.kind)
+def _training(options: argparse.Namespace, parent: Artifact | None) -> Training:
+    if parent is not None:
+        return _training_from(parent, options)
+    training = Training.of(options.kind or learned.KIND)
     fit = replace(training.fit, seed=options.seed, epochs=options.epochs or training.fit.epochs)
     lookaheads = tuple(options.lookahead) if options.lookahead else training.lookaheads
     return replace(
@@ -130,6 +142,22 @@ def _training(options: argparse.Namespace) -> Training:
         fit=fit,
         objective=options.objective or training.objective,
     )
+
+
+def _training_from(parent: Artifact, options: argparse.Namespace) -> Training:
+    training = Training.from_parent(parent.manifest)
+    for name, asked, kept in (
+        ("--kind", options.kind, training.kind),
+        ("--lookahead", tuple(options.lookahead or ()), training.lookaheads),
+        ("--units", options.units, training.units),
+        ("--objective", options.objective, training.objective),
+    ):
+        if asked and asked != kept:
+            raise ValueError(f"{name} is {asked}, and {options.parent} has {kept}: with --from it is kept")
+    if options.name in (None, parent.manifest.name) and options.version == parent.manifest.version:
+        raise ValueError(f"--version is {options.version}, which {options.parent} is already; give another")
+    fit = replace(training.fit, seed=options.seed, epochs=options.epochs or training.fit.epochs)
+    return replace(training, fit=fit)
 
 
 def _check_model(blocks: TraceBlocks, spec: ModelSpec) -> None:

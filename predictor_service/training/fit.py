@@ -5,6 +5,7 @@ Knows no kind of predictor.
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -33,6 +34,8 @@ class FitSettings:
         learning_rate: of Adam.
         is_annealed: the rate falls to zero over `epochs` on a cosine; else it stays.
         seed: of weights and of the order of tokens.
+        max_steps: of the optimiser, in all epochs together; None: as many as the epochs have.
+        max_s: of the processor's time; None: as much as it takes.
     """
 
     epochs: int
@@ -41,6 +44,8 @@ class FitSettings:
     learning_rate: float
     is_annealed: bool
     seed: int
+    max_steps: int | None = None
+    max_s: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("epochs", self.epochs), ("patience", self.patience), ("batch_tokens", self.batch_tokens)):
@@ -48,6 +53,10 @@ class FitSettings:
                 raise ValueError(f"{name} is {value}; allowed: 1 or more")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}; allowed: above 0")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps is {self.max_steps}; allowed: 1 or more")
+        if self.max_s is not None and not 0 < self.max_s < math.inf:
+            raise ValueError(f"max_s is {self.max_s}; allowed: above 0")
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,13 @@ class Fit:
         self._optimizer = torch.optim.Adam(list(trainee.parameters()), lr=settings.learning_rate)
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._steps = 0
+        self._end_s = math.inf if settings.max_s is None else time.thread_time() + settings.max_s
+
+    @property
+    def is_over(self) -> bool:
+        """There were as many steps, or as much time was used, as there may be."""
+        most = self._settings.max_steps
+        return (most is not None and self._steps >= most) or time.thread_time() >= self._end_s
 
     def run(self, progress: FitProgress) -> FitResult:
         """Trains until the epochs are over or held-out documents get no better.
@@ -134,7 +150,7 @@ class Fit:
         worse = 0
         was_interrupted = False
         try:
-            while epoch < self._settings.epochs and worse < self._settings.patience:
+            while epoch < self._settings.epochs and worse < self._settings.patience and not (epoch and self.is_over):
                 num_tokens = self._train_epoch(epoch, num_tokens, progress)
                 measured = self.measure()
                 epoch += 1
@@ -168,6 +184,8 @@ class Fit:
         for block in self._blocks(Split.TRAIN):
             tensors = self._prepare(block)
             for index_B in self._shuffled(tensors.decode_N):
+                if done and self.is_over:
+                    return done
                 share = done / total_tokens if total_tokens else 0.0
                 self._step(tensors, index_B, (epoch + min(share, 1.0)) / self._settings.epochs)
                 done += len(index_B)

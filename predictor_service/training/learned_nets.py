@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from predictor_service.artifact import Artifact
 from predictor_service.predictors.request_history import NUM_FEATURES
 from predictor_service.training.token_batch import SignatureMap, TokenBatch
 from predictor_service.training.trainee import Geometry, Scored
@@ -66,7 +67,7 @@ class LearnedNets(nn.Module):
         logits_LABE = out_LBO.view(layers, num_tokens, -1, experts).transpose(1, 2)
         logits_LABE = logits_LABE + batch.memory_TBF[self._target_LA] @ self._memory_LAFE
         is_here_LA1 = (self._target_LA < layers)[:, :, None]
-        valid_LAB = is_here_LA1 | batch.has_next_B
+        valid_LAB = (is_here_LA1 | batch.has_next_B) & batch.seen_SB[:layers, None]
         return Scored(logits_LABE, batch.routed_TBE[self._target_LA], valid_LAB)
 
     def loss(self, batch: TokenBatch) -> torch.Tensor:
@@ -74,7 +75,9 @@ class LearnedNets(nn.Module):
         scored = self.scored(batch)
         target_LABE = scored.routed_PABE
         if self.signature is not None:
-            target_LABE = (target_LABE + self._soft(batch.signature_TBE)[self._target_LA]) / 2
+            soft_LABE = self._soft(batch.signature_TBE)[self._target_LA]
+            signed_LAB1 = batch.signed_TB[self._target_LA][..., None]
+            target_LABE = torch.where(signed_LAB1, (target_LABE + soft_LABE) / 2, target_LABE)
         loss_LABE = nn.functional.binary_cross_entropy_with_logits(scored.scores_PABE, target_LABE, reduction="none")
         valid_LAB = scored.valid_PAB.float()
         return (loss_LABE.mean(dim=3) * valid_LAB).sum() / valid_LAB.sum().clamp(min=1)
@@ -97,6 +100,24 @@ class LearnedNets(nn.Module):
                 "out.bias": out_bias_LAE.detach().numpy(),
                 "memory.weight": self._memory_LAFE.detach().numpy(),
             }
+
+    def restore(self, artifact: Artifact) -> None:
+        """Begins from an artifact's weights, with this data's normalisation; raises InvalidInput if it lacks some."""
+        geometry, units = self.geometry, self.trunk_units
+        layers, experts, num_heads = geometry.num_moe_layers, geometry.num_experts, len(self.lookaheads)
+        weight_LOD = artifact.tensor("in.weight", (layers, units + experts, geometry.hidden_size))
+        bias_LO = artifact.tensor("in.bias", (layers, units + experts))
+        out_LOO = artifact.tensor("out.weight", (layers, num_heads * experts, units + experts))
+        out_bias_LAE = artifact.tensor("out.bias", (layers, num_heads, experts))
+        memory_LAFE = artifact.tensor("memory.weight", (layers, num_heads, NUM_FEATURES * experts, experts))
+        with torch.no_grad():
+            weight_LHD = torch.from_numpy(weight_LOD[:, :units])
+            mean_LH = (weight_LHD @ self._mean_LD[:, :, None])[:, :, 0]
+            self._in_weight_LHD.copy_(weight_LHD / self._scale_LD[:, None])
+            self._in_bias_LH.copy_(torch.from_numpy(bias_LO[:, :units]) + mean_LH)
+            self._out_weight_LOO.copy_(torch.from_numpy(out_LOO))
+            self._out_bias_LO.copy_(torch.from_numpy(out_bias_LAE).reshape(layers, -1))
+            self._memory_LAFE.copy_(torch.from_numpy(memory_LAFE))
 
     def _soft(self, signature_TBE: torch.Tensor) -> torch.Tensor:
         chosen = self.geometry.experts_per_token

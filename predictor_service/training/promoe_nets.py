@@ -9,6 +9,7 @@ Shapes: N pairs, L MoE layers, B tokens, D hidden, H hidden units, E experts, T 
 import torch
 from torch import nn
 
+from predictor_service.artifact import Artifact
 from predictor_service.predictors.promoe import layer_pairs
 from predictor_service.training.token_batch import TokenBatch
 from predictor_service.training.trainee import CROSS_ENTROPY, Geometry, Scored
@@ -47,7 +48,7 @@ class PromoeNets(nn.Module):
             self._in_bias_NH[:, None], batch.hidden_SBD[self._source_N], self._in_weight_NHD.transpose(1, 2)
         ).relu()
         scores_NBE = torch.baddbmm(self._out_bias_NE[:, None], units_NBH, self._out_weight_NEH.transpose(1, 2))
-        valid_NB = ~self._is_next_N[:, None] | batch.has_next_B
+        valid_NB = (~self._is_next_N[:, None] | batch.has_next_B) & batch.seen_SB[self._source_N]
         return Scored(scores_NBE[:, None], batch.routed_TBE[self._target_N][:, None], valid_NB[:, None])
 
     def loss(self, batch: TokenBatch) -> torch.Tensor:
@@ -62,6 +63,16 @@ class PromoeNets(nn.Module):
         error_NAB = error_NABE.mean(dim=3)
         valid_NAB = scored.valid_PAB.float()
         return (error_NAB * valid_NAB).sum() / valid_NAB.sum().clamp(min=1)
+
+    def restore(self, artifact: Artifact) -> None:
+        """Begins from an artifact's weights; raises InvalidInput if it lacks some."""
+        own = self.tensors()
+        found = {name: torch.from_numpy(artifact.tensor(name, values.shape)) for name, values in own.items()}
+        with torch.no_grad():
+            self._in_weight_NHD.copy_(found["in.weight"])
+            self._in_bias_NH.copy_(found["in.bias"])
+            self._out_weight_NEH.copy_(found["out.weight"])
+            self._out_bias_NE.copy_(found["out.bias"])
 
     def tensors(self) -> dict[str, Float32Array]:
         """The artifact's."""

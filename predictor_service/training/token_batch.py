@@ -31,6 +31,8 @@ class TokenBatch:
         signature_TBE: what the layer's router made of the token (see `SignatureMap`).
         memory_TBF: what was known of the request before.
         has_next_B: False where the next token is not known: then t >= L means nothing.
+        seen_SB: False where the hidden states are not known: nothing is learned from them.
+        signed_TB: False where the signature is not known.
     """
 
     hidden_SBD: torch.Tensor
@@ -38,6 +40,8 @@ class TokenBatch:
     signature_TBE: torch.Tensor
     memory_TBF: torch.Tensor
     has_next_B: torch.Tensor
+    seen_SB: torch.Tensor
+    signed_TB: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +74,7 @@ class BlockTensors:
         self._num_next = num_next
         self._hidden_SND = torch.from_numpy(block.hidden_SND.view(np.int16)).view(torch.bfloat16)
         layers, tokens, per_token = block.topk_ids_LNK.shape
+        self._seen_SN = torch.from_numpy(block.known_SN)
         self._routed_LNE = torch.zeros(layers, tokens, num_experts)
         self._routed_LNE.scatter_(2, torch.from_numpy(block.topk_ids_LNK.astype(np.int64)), 1.0)
         starts_N = np.r_[True, block.document_N[1:] != block.document_N[:-1]]
@@ -80,7 +85,8 @@ class BlockTensors:
         if signature is not None:
             for first in range(0, tokens, SIGNATURE_CHUNK):
                 chunk = slice(first, first + SIGNATURE_CHUNK)
-                self._signature_LNE[:, chunk] = signature.of(self._hidden_SND[:layers, chunk].float())
+                known_LN1 = self._seen_SN[:layers, chunk, None]
+                self._signature_LNE[:, chunk] = signature.of(self._hidden_SND[:layers, chunk].float()) * known_LN1
         self.decode_N = torch.from_numpy(np.flatnonzero(block.is_decode_N))
 
     def batch(self, index_B: torch.Tensor) -> TokenBatch:
@@ -92,6 +98,8 @@ class BlockTensors:
             signature_TBE=self._extended(self._signature_LNE, index_B, next_B),
             memory_TBF=torch.cat([self._memory(index_B), self._memory(next_B)[: self._num_next]]),
             has_next_B=self._has_next_N[index_B],
+            seen_SB=self._seen_SN[:, index_B],
+            signed_TB=self._extended(self._seen_SN[: len(self._routed_LNE)], index_B, next_B),
         )
 
     def _extended(self, values_LNE: torch.Tensor, index_B: torch.Tensor, next_B: torch.Tensor) -> torch.Tensor:

@@ -42,12 +42,19 @@ class TokenBlock:
         topk_ids_LNK: routed experts.
         document_N: a number per document.
         is_decode_N: False for the tokens of a prompt.
+        seen_SN: False where hidden states are not known, and are zeros; None where all are.
     """
 
     hidden_SND: npt.NDArray[np.uint16]
     topk_ids_LNK: npt.NDArray[np.uint16]
     document_N: npt.NDArray[np.int64]
     is_decode_N: npt.NDArray[np.bool_]
+    seen_SN: npt.NDArray[np.bool_] | None = None
+
+    @property
+    def known_SN(self) -> npt.NDArray[np.bool_]:
+        """`seen_SN`, where all are seen too."""
+        return np.ones(self.hidden_SND.shape[:2], np.bool_) if self.seen_SN is None else self.seen_SN
 
 
 BlockSource: TypeAlias = Callable[[Split], Iterator[TokenBlock]]

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
 
-from predictor_service.artifact import ArtifactManifest
+from predictor_service.artifact import Artifact, ArtifactManifest
 from predictor_service.predictors import learned, promoe
 from predictor_service.routers import Scoring, read_routers
-from predictor_service.training.fit import Fit, FitProgress, FitResult, FitSettings
+from predictor_service.training.fit import Fit, FitProgress, FitResult, FitSettings, Measured
 from predictor_service.training.learned_nets import LearnedNets
 from predictor_service.training.promoe_nets import PromoeNets
 from predictor_service.training.token_batch import BlockTensors, SignatureMap
@@ -27,6 +28,7 @@ DEFAULT_LOOKAHEADS: Final = {learned.KIND: (1, 2, 3, 4), promoe.KIND: (2,)}
 DEFAULT_UNITS: Final = {learned.KIND: 384, promoe.KIND: 1024}
 OBJECTIVES_OF_KIND: Final = {learned.KIND: (CROSS_ENTROPY,), promoe.KIND: (L1, CROSS_ENTROPY)}
 """The first is the kind's own."""
+_UNITS_KEY: Final = {learned.KIND: "trunk_units", promoe.KIND: "hidden_units"}
 DEFAULT_FIT: Final = {
     learned.KIND: FitSettings(epochs=8, patience=2, batch_tokens=256, learning_rate=2e-3, is_annealed=True, seed=0),
     # The paper's objective and rate; it stops when it gets no better.
@@ -60,6 +62,18 @@ class Training:
         objective = OBJECTIVES_OF_KIND[kind][0]
         return cls(kind, DEFAULT_LOOKAHEADS[kind], DEFAULT_UNITS[kind], DEFAULT_FIT[kind], objective)
 
+    @classmethod
+    def from_parent(cls, parent: ArtifactManifest) -> "Training":
+        """What goes on where an artifact's training ended; raises InvalidInput unless it is of one of KINDS."""
+        if parent.kind not in KINDS:
+            raise InvalidInput(
+                f"{parent.name}@{parent.version} is of the kind {parent.kind}; allowed: {', '.join(KINDS)}."
+            )
+        own = cls.of(parent.kind)
+        units = int(parent.training.get(_UNITS_KEY[parent.kind], own.units))
+        objective = str(parent.training.get("objective", own.objective))
+        return replace(own, lookaheads=parent.lookaheads, units=units, objective=objective)
+
     def check(self, num_moe_layers: int) -> None:
         """Raises ValueError for settings that this model cannot have."""
         if not self.lookaheads or len(set(self.lookaheads)) < len(self.lookaheads):
@@ -77,17 +91,31 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """Networks with the weights of the best epoch, and how good they are."""
+    """Networks with the weights of the best epoch, and how good they are.
+
+    Attributes:
+        training, trainee, fit, result: see there.
+        parent, before: the version that it began from, and how good that is on the same documents; or none.
+    """
 
     training: Training
     trainee: Trainee
+    fit: Fit
     result: FitResult
+    parent: str = ""
+    before: Measured | None = None
+
+    def as_stored(self, artifact: Artifact) -> "Trained":
+        """The same, measured with the weights that its artifact stores, which has them in fewer bits."""
+        self.trainee.restore(artifact)
+        return replace(self, result=replace(self.result, measured=self.fit.measure()))
 
     def manifest(self, name: str, version: str, spec: ModelSpec, fingerprints: tuple[str, ...]) -> ArtifactManifest:
         """What the artifact says of itself; the data's description can be added to `training`."""
         kind, measured = self.training.kind, self.result.measured
-        units_key = "trunk_units" if kind == learned.KIND else "hidden_units"
         metrics = {"held_out_loss": measured.loss, "held_out_tokens": float(measured.num_tokens)}
+        if self.before is not None:
+            metrics["held_out_loss_of_parent"] = self.before.loss
         for lookahead, recall, wide in zip(
             self.training.lookaheads, measured.recall_A, measured.recall_wide_A, strict=True
         ):
@@ -106,7 +134,7 @@ class Trained:
             features=learned.FEATURES if kind == learned.KIND else promoe.FEATURES,
             lookaheads=self.training.lookaheads,
             training={
-                units_key: self.training.units,
+                _UNITS_KEY[kind]: self.training.units,
                 "objective": self.training.objective,
                 "epochs": self.result.epochs,
                 "train_tokens": self.result.num_tokens,
@@ -115,10 +143,18 @@ class Trained:
                 "batch_tokens": self.training.fit.batch_tokens,
             },
             metrics=metrics,
+            parent=self.parent,
         )
 
 
-def train(training: Training, spec: ModelSpec, pack: Path, blocks: BlockSource, progress: FitProgress) -> Trained:
+def train(
+    training: Training,
+    spec: ModelSpec,
+    pack: Path,
+    blocks: BlockSource,
+    progress: FitProgress,
+    parent: Artifact | None = None,
+) -> Trained:
     """Trains on the blocks.
 
     Args:
@@ -126,10 +162,11 @@ def train(training: Training, spec: ModelSpec, pack: Path, blocks: BlockSource, 
         spec, pack: the model and the folder with its routers.
         blocks: recorded tokens, with the hidden states that the kind observes.
         progress: is told.
+        parent: what training begins from, of the settings' kind; see `Training.from_parent`.
 
     Raises:
         ValueError: settings that the model cannot have.
-        InvalidInput: nothing to train on or to measure on.
+        InvalidInput: nothing to train on or to measure on; or no epoch was better than the parent.
     """
     training.check(spec.num_moe_layers)
     torch.manual_seed(training.fit.seed)
@@ -138,7 +175,7 @@ def train(training: Training, spec: ModelSpec, pack: Path, blocks: BlockSource, 
     signature: SignatureMap | None = None
     if training.kind == learned.KIND:
         first = _first_block(blocks)
-        signature = _signature_map(pack, spec, first)
+        signature = _signature_map(pack, spec, first) if parent is None else _signature_of(parent, training.units)
         trainee = LearnedNets(geometry, training.lookaheads, training.units, signature, _input_scale(first, geometry))
     else:
         trainee = PromoeNets(geometry, training.lookaheads[0], training.units, training.objective)
@@ -147,8 +184,20 @@ def train(training: Training, spec: ModelSpec, pack: Path, blocks: BlockSource, 
     def prepare(block: TokenBlock) -> BlockTensors:
         return BlockTensors(block, spec.num_experts, num_next, signature)
 
+    if parent is None:
+        fit = Fit(trainee, blocks, prepare, training.fit, spec.experts_per_token)
+        return Trained(training, trainee, fit, fit.run(progress))
+    trainee.restore(parent)
     fit = Fit(trainee, blocks, prepare, training.fit, spec.experts_per_token)
-    return Trained(training, trainee, fit.run(progress))
+    before = fit.measure()
+    result = fit.run(progress)
+    name = f"{parent.manifest.name}@{parent.manifest.version}"
+    if result.measured.loss >= before.loss:
+        raise InvalidInput(
+            f"No epoch is better than {name} on held-out documents (loss {result.measured.loss:.4f}, {name}: "
+            f"{before.loss:.4f}): nothing is written."
+        )
+    return Trained(training, trainee, fit, result, name, before)
 
 
 def _first_block(blocks: BlockSource) -> TokenBlock:
@@ -160,8 +209,11 @@ def _first_block(blocks: BlockSource) -> TokenBlock:
 def _input_scale(block: TokenBlock, geometry: Geometry) -> torch.Tensor:
     """(2, L, D): mean and standard deviation."""
     moments = []
-    for layer in range(geometry.num_moe_layers):
-        hidden_ND = torch.from_numpy(block.hidden_SND[layer].view("int16")).view(torch.bfloat16).float()
+    for layer, known_N in zip(range(geometry.num_moe_layers), block.known_SN, strict=False):
+        if not known_N.any():
+            moments.append(torch.stack([torch.zeros(geometry.hidden_size), torch.ones(geometry.hidden_size)]))
+            continue
+        hidden_ND = torch.from_numpy(block.hidden_SND[layer, known_N].view("int16")).view(torch.bfloat16).float()
         moments.append(torch.stack([hidden_ND.mean(dim=0), hidden_ND.std(dim=0, correction=0)]))
     return torch.stack(moments, dim=1)
 
@@ -177,10 +229,20 @@ def _signature_map(pack: Path, spec: ModelSpec, block: TokenBlock) -> SignatureM
     weight_LED, bias_LE = torch.from_numpy(routers.weight_LED), torch.from_numpy(routers.bias_LE)
     centred = SignatureMap(weight_LED - weight_LED.mean(1, keepdim=True), bias_LE - bias_LE.mean(1, keepdim=True))
     sample = torch.from_numpy(block.hidden_SND[: spec.num_moe_layers, :4096].view("int16")).view(torch.bfloat16)
-    scale_L = centred.of(sample.float()).std(dim=(1, 2)).clamp(min=1e-6)
+    known_LN = torch.from_numpy(block.known_SN[: spec.num_moe_layers, :4096])
+    signature_LNE = centred.of(sample.float())
+    spreads = [signature_LNE[layer, known_N].std() for layer, known_N in enumerate(known_LN)]
+    scale_L = torch.stack(spreads).nan_to_num(nan=1.0).clamp(min=1e-6)  # of no token there is none
     return replace(
         centred, weight_LED=centred.weight_LED / scale_L[:, None, None], bias_LE=centred.bias_LE / scale_L[:, None]
     )
+
+
+def _signature_of(parent: Artifact, units: int) -> SignatureMap | None:
+    """As the parent has it, so that what is remembered of running requests means the same to both."""
+    weight_LED = np.ascontiguousarray(parent.tensors["in.weight"][:, units:])
+    bias_LE = np.ascontiguousarray(parent.tensors["in.bias"][:, units:])
+    return SignatureMap(torch.from_numpy(weight_LED), torch.from_numpy(bias_LE)) if weight_LED.any() else None
 
 
 def sentence_of(lookaheads: Iterable[int], recalls: Iterable[float]) -> str:

@@ -6,6 +6,7 @@ from typing import Final, Protocol
 
 import torch
 
+from predictor_service.artifact import Artifact
 from predictor_service.training.token_batch import TokenBatch
 from promoe.hint import Float32Array
 
@@ -46,3 +47,6 @@ class Trainee(Protocol):
 
     def tensors(self) -> dict[str, Float32Array]:
         """The artifact's."""
+
+    def restore(self, artifact: Artifact) -> None:
+        """Begins from an artifact's weights; raises InvalidInput if it lacks some."""

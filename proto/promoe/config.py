@@ -1,7 +1,8 @@
 """Configuration: one TOML file, frozen dataclasses, unknown keys are errors.
 
-The file has one table per service (`[store]`, `[compute]`, `[predictor]`) and shared ones (`[log]`). A service loads
-its own table and the shared ones; keys of other services' tables are theirs to check.
+The file has one table per service (`[store]`, `[compute]`, `[predictor]`), one for the predictor's learner
+(`[learner]`), and shared ones (`[log]`). A service loads its own table and the shared ones; keys of other services'
+tables are theirs to check.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Final, TypeVar
 
-SECTIONS: Final = ("store", "compute", "predictor", "log")
+SECTIONS: Final = ("store", "compute", "predictor", "learner", "log")
 
 _T = TypeVar("_T")
 

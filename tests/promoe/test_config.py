@@ -108,7 +108,7 @@ def test_text_without_quotes_is_taken_as_it_is(text: str) -> None:
         ("store.limit=none", r"store\.limit is 'none'; expected int"),
         ("store.color=green", r"store\.color is 'green'; allowed: red, blue"),
         ("store.count=1\nquiet=true", r"store\.count is '1\\nquiet=true'; expected int"),
-        ("shop.count=1", r"\[shop\] is not a section; known: store, compute, predictor, log"),
+        ("shop.count=1", r"\[shop\] is not a section; known: store, compute, predictor, learner, log"),
         ("count=1", r"'count=1' is not of the form section\.key=value"),
         ("store.count", r"'store\.count' is not of the form section\.key=value"),
         ("store.=1", r"'store\.=1' is not of the form section\.key=value"),

@@ -55,7 +55,8 @@ class UpOptions:
         str | None, typer.Option(help="Who predicts experts: auto (the best for the model), none, or a plug-in's name.")
     ] = None
     learn: Annotated[
-        bool, typer.Option("--learn", help="The predictor learns from what is served: promoe predictor learn shows how.")
+        bool,
+        typer.Option("--learn", help="Learn from what is served; see `promoe predictor learn`."),
     ] = False
     config: Annotated[Path | None, typer.Option(help="TOML file with the services' settings.")] = None
     settings: Annotated[

@@ -1,0 +1,175 @@
+"""The learner's process: reads the feed, holds documents, trains when told to, ends with who started it.
+
+Everything but training happens on one thread, a packet or a command at a time.
+"""
+
+import logging
+import selectors
+import time
+from pathlib import Path
+from typing import Final
+
+from predictor_service.learner import feed_client
+from predictor_service.learner.candidate_thread import CandidateThread
+from predictor_service.learner.config import LearnerConfig
+from predictor_service.learner.control import (
+    AskStatus,
+    CandidateTrained,
+    ControlLines,
+    KnowVersions,
+    LearnerStatus,
+    Pause,
+    Train,
+    TrainingFailed,
+    decode_command,
+    encode_answer,
+)
+from predictor_service.learner.document import Document
+from predictor_service.learner.gatherer import Gatherer
+from predictor_service.learner.kept_documents import KeptDocuments
+from predictor_service.learner.reservoir import Reservoir
+from promoe.errors import InvalidInput, Unavailable
+from promoe.model_spec import ModelSpec
+from promoe.packet_channel import PacketChannel
+
+logger = logging.getLogger(__name__)
+
+_MOST_PACKETS_A_TURN: Final = 256
+"""That are read before commands are looked at again."""
+
+
+class LearnerProcess:
+    """Runs until the control line ends.
+
+    Args:
+        config: bounds.
+        spec, pack: the model that is served and its folder.
+        out: folder for candidates.
+        feed: packets of the sessions.
+        control: commands and answers.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        spec: ModelSpec,
+        pack: Path,
+        out: Path,
+        feed: PacketChannel,
+        control: ControlLines,
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._pack = pack
+        self._out = out
+        self._feed = feed
+        self._control = control
+        self._reservoir = Reservoir(config.max_nbytes, config.half_life_s)
+        self._gatherer = Gatherer(spec, config.max_document_tokens, self._hold)
+        self._kept: KeptDocuments | None = None
+        if config.keep_on_disk is not None:
+            self._kept = KeptDocuments(config.keep_on_disk, spec, config.disk_max_nbytes, config.disk_max_age_s)
+        self._candidate: CandidateThread | None = None
+        self._is_paused = False
+        self._num_bad_packets = 0
+
+    def run(self) -> None:
+        """Returns when the other side is gone."""
+        if self._kept is not None:
+            for document, age_s in self._kept.load():
+                self._reservoir.add(document, time.perf_counter() - age_s)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
+            selector.register(self._feed, selectors.EVENT_READ)
+            while True:
+                ready = {key.fileobj for key, _ in selector.select()}
+                try:
+                    if self._control in ready:
+                        self._obey()
+                except Unavailable:
+                    return
+                if self._feed in ready and not self._read_feed():
+                    selector.unregister(self._feed)
+
+    def status(self) -> LearnerStatus:
+        """As of now."""
+        candidate = self._candidate
+        return LearnerStatus(
+            documents_seen=self._reservoir.num_seen,
+            documents=len(self._reservoir),
+            tokens=self._reservoir.num_tokens(),
+            nbytes=self._reservoir.nbytes + self._gatherer.open_nbytes,
+            oldest_age_s=self._reservoir.oldest_age_s(time.perf_counter()),
+            lost_steps=self._gatherer.num_lost_steps,
+            bad_packets=self._num_bad_packets,
+            is_paused=self._is_paused,
+            is_training=candidate is not None and candidate.is_training,
+            trained_tokens=candidate.progress.num_tokens if candidate else 0,
+            epochs=candidate.progress.epochs if candidate else 0,
+        )
+
+    def _read_feed(self) -> bool:
+        """What waits there; False when nothing will come any more."""
+        for _ in range(_MOST_PACKETS_A_TURN):
+            try:
+                packet = self._feed.receive(0)
+                if packet is None:
+                    break
+                if not self._is_paused:
+                    feed_client.tell(packet, self._gatherer)
+            except InvalidInput:
+                self._num_bad_packets += 1
+            except Unavailable:
+                return False
+        self._keep_bounds()
+        return True
+
+    def _keep_bounds(self) -> None:
+        """Requests that still run count, too; they go last."""
+        while (open_nbytes := self._gatherer.open_nbytes) > self._config.max_nbytes and self._gatherer.close_oldest():
+            pass
+        self._reservoir.make_room(open_nbytes)
+
+    def _hold(self, document: Document) -> None:
+        given_up = self._reservoir.add(document, time.perf_counter())
+        if self._kept is not None and document not in given_up:
+            self._kept.keep(document)
+
+    def _obey(self) -> None:
+        """Raises Unavailable when the other side is gone."""
+        try:
+            for line in self._control.receive():
+                self._obey_line(line)
+        except InvalidInput as error:
+            # Both ends are of one installation: a line that is no command is a bug, and the next one may be good.
+            logger.error("%s", error)
+
+    def _obey_line(self, line: bytes) -> None:
+        command = decode_command(line)
+        match command:
+            case Train():
+                self._train(command)
+            case Pause():
+                self._is_paused = command.is_paused
+                if self._candidate is not None:
+                    self._candidate.progress.pause(command.is_paused)
+            case AskStatus():
+                self._control.send(encode_answer(self.status()))
+            case KnowVersions():
+                for version, observed in command.observed.items():
+                    self._gatherer.learn_version(version, observed)
+
+    def _train(self, command: Train) -> None:
+        if self._candidate is not None and self._candidate.is_training:
+            self._tell(TrainingFailed("A candidate is being trained already."))
+            return
+        self._candidate = CandidateThread(self._config, self._spec, self._pack, self._out, self._tell)
+        self._candidate.progress.pause(self._is_paused)
+        self._candidate.start(command, self._reservoir.documents())
+
+    def _tell(self, answer: CandidateTrained | TrainingFailed) -> None:
+        """From the candidate's thread, too."""
+        try:
+            self._control.send(encode_answer(answer))
+        except Unavailable:  # nobody waits for it any more; the process ends
+            return
