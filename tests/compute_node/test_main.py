@@ -1,13 +1,13 @@
 """The command: a bug is not taken for a wrong setting, and a wrong setting is one sentence."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from compute_node import __main__ as command
-from compute_node.config import ComputeConfig
+from compute_node.config_reload import AskedConfig
 from promoe.config import SettingUnfit
 from promoe.errors import EXIT_PACK_DAMAGED, PackDamaged, Unavailable
 
@@ -21,7 +21,8 @@ def root_logger() -> Iterator[None]:
 
 
 def run_with(failure: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> int:
-    async def fail(config: ComputeConfig) -> None:
+    async def fail(asked: AskedConfig, read: Callable[[], AskedConfig] | None) -> None:
+        assert read is None, "there is no file to be read again"
         raise failure
 
     monkeypatch.setattr(command, "serve", fail)
