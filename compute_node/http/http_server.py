@@ -29,15 +29,8 @@ class HttpListener:
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
-        host = host.strip("[]")
         try:
-            found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, kind, protocol, _, where = found[0]
-            self._socket = socket.socket(family, kind, protocol)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._socket.bind(where)
-            # Not later: a second process could bind the same address until somebody listens there.
-            self._socket.listen(_BACKLOG)
+            self._socket = _bound(host.strip("[]"), int(port))
         except OSError as error:
             raise AlreadyRunning(
                 f"The HTTP API cannot listen on {address} ({error.strerror}); another process may hold it. "
@@ -91,6 +84,21 @@ class _QuietServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Captures none."""
         yield
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, where = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        # Not later: a second process could bind the same address until somebody listens there.
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def is_loopback(host: str) -> bool:
