@@ -35,11 +35,11 @@ async def serve(config: ComputeConfig) -> None:
     # Until the event loop is free to listen, a signal ends the process at once: nothing was accepted yet.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    gate = HttpGate(config)
     server = RpcServer((SERVICE_NAME,))
     endpoint = server.listen(config.listen)
     stop = asyncio.Event()
     node = ComputeNode(config)
+    gate = HttpGate(config)
     try:
         service = node.start(on_death=stop.set, loop=asyncio.get_running_loop())
         # What was loaded stays: looking through it for garbage would hold a step up for a fifth of a second.

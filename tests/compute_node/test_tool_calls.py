@@ -116,6 +116,37 @@ def test_the_format_is_told_by_the_template() -> None:
     assert format_of(CHAT_TEMPLATE) is None
     assert format_of(None) is None
     assert format_of("<tool_call><function=name> arguments") is None
+    assert format_of("<tool_call>\n<function=name>\n<parameter=key>\n") is TOOL_CALL_FORMATS["qwen3_coder"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n", ("weather", {"city": "Rome"})),
+        ("<function=clock></function>", ("clock", {})),
+        ("<function=set>\n<parameter=n>\n3\n</parameter>\n<parameter=s>\n3\n</parameter>", ("set", {"n": 3, "s": "3"})),
+        ("<function=set>\n<parameter=l>\n[1, 2]\n</parameter>\n</function>", ("set", {"l": [1, 2]})),
+        ("<function=set>\n<parameter=s>\na\n\nb\n</parameter>\n</function>", ("set", {"s": "a\n\nb"})),
+        ("<function=other>\n<parameter=x>\nnot JSON\n</parameter>\n</function>", ("other", {"x": "not JSON"})),
+        ('{"name": "weather"}', None),
+    ],
+)
+def test_tagged_arguments_have_the_types_of_their_schema(text: str, expected: tuple[str, object] | None) -> None:
+    properties = {"n": {"type": "integer"}, "s": {"type": "string"}, "l": {"type": "array"}}
+    tools = (WEATHER, CLOCK, Tool("set", None, {"type": "object", "properties": properties}, is_strict=False))
+    tagged = TOOL_CALL_FORMATS["qwen3_coder"]
+    scanner = ToolCallScanner(tagged, tools)
+    pieces = [*scanner.push(f"{tagged.begin}{text}{tagged.end}"), *scanner.flush()]
+    assert calls_in(pieces) == ([] if expected is None else [expected])
+
+
+def test_tagged_calls_cannot_be_enforced() -> None:
+    tagged = TOOL_CALL_FORMATS["qwen3_coder"]
+    assert tagged.grammar(ToolWish((CLOCK,), ToolUse.AUTO, is_parallel=True)) is None
+    with pytest.raises(ValueError, match="tool_choice is required, which cannot be enforced"):
+        tagged.grammar(ToolWish((CLOCK,), ToolUse.REQUIRED, is_parallel=True))
+    with pytest.raises(ValueError, match="tools has a strict function, which cannot be enforced"):
+        tagged.grammar(ToolWish((WEATHER,), ToolUse.AUTO, is_parallel=True))
 
 
 @pytest.fixture(scope="module")
