@@ -29,7 +29,9 @@ class Application:
         await send({"type": "http.response.body", "body": message["body"]})
 
 
-def ask(messages: Iterable[Message], *headers: tuple[bytes, bytes]) -> tuple[Application, list[Message]]:
+def ask(
+    messages: Iterable[Message], *headers: tuple[bytes, bytes], rules: EdgeRules = RULES
+) -> tuple[Application, list[Message]]:
     """One request in pieces; `receive` blocks for ever when they are used up."""
     application = Application()
     sent: list[Message] = []
@@ -45,7 +47,7 @@ def ask(messages: Iterable[Message], *headers: tuple[bytes, bytes]) -> tuple[App
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/x", "headers": list(headers)}
-    asyncio.run(asyncio.wait_for(Edge(application, RULES)(scope, receive, send), 30))
+    asyncio.run(asyncio.wait_for(Edge(application, rules)(scope, receive, send), 30))
     return application, sent
 
 
@@ -83,6 +85,20 @@ def test_a_client_that_does_not_go_on_is_not_waited_for(monkeypatch: pytest.Monk
     application, sent = ask([piece(b"ab", True)])
     assert application.bodies == []
     assert sent[0]["status"] == 408
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        (b"127.0.0.1:8080", 200), (b"localhost:8080", 200), (b"localhost", 200), (b"[::1]:8080", 200),
+        (b"evil.example:8080", 403), (b"127.0.0.1.evil.example", 403), (b"", 403),
+    ],
+)  # fmt: skip
+def test_without_keys_only_this_hosts_own_names_are_answered_to(host: bytes, status: int) -> None:
+    rules = EdgeRules(ApiKeys(), frozenset(), 10, is_private=True)
+    _, sent = ask([piece(b"", False), GONE], (b"host", host), rules=rules)
+    assert sent[0]["status"] == status
+    assert ask([piece(b"", False), GONE], (b"host", host))[1][0]["status"] == 200
 
 
 def test_other_protocols_pass() -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from compute_node.__main__ import open_gate
 from compute_node.config import ComputeConfig
 from compute_node.http.gate import HttpGate
-from compute_node.http.http_server import is_loopback
+from compute_node.http.loopback import is_loopback
 from promoe.config import Settings, SettingUnfit
 from promoe.errors import AlreadyRunning
 
@@ -18,15 +19,15 @@ def config(*settings: str) -> ComputeConfig:
 
 
 def test_there_is_none_unless_it_is_asked_for() -> None:
-    gate = HttpGate(config())
-    assert gate.url is None
+    assert open_gate(config()) is None
+    gate = open_gate(config("compute.http_listen=127.0.0.1:0"))
+    assert gate is not None
     gate.close()
 
 
 def test_the_address_is_held_from_the_start() -> None:
     gate = HttpGate(config("compute.http_listen=127.0.0.1:0"))
     try:
-        assert gate.url is not None
         address = gate.url.removeprefix("http://")
         with pytest.raises(
             AlreadyRunning, match=rf"cannot listen on {address} \(Address already in use\).*http_listen"
@@ -86,7 +87,6 @@ def test_a_body_has_at_least_a_byte() -> None:
 def test_a_listener_is_a_socket_that_queues() -> None:
     """Who comes before the model is loaded waits instead of being turned away."""
     gate = HttpGate(config("compute.http_listen=127.0.0.1:0"))
-    assert gate.url is not None
     host, port = gate.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10):
         pass

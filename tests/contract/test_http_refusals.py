@@ -89,6 +89,7 @@ BAD_CHATS: dict[str, tuple[dict[str, object], str, str | None]] = {
 BAD_TEXTS: dict[str, tuple[dict[str, object], str, str | None]] = {
     "suffix": ({"suffix": "y"}, "suffix is not supported.", "suffix"),
     "best_of": ({"best_of": 3}, "best_of is 3; allowed: the value of n, 1", "best_of"),
+    "many logprobs": ({"logprobs": 21}, "logprobs is 21; allowed: 0 to 20", "logprobs"),
     "echoed logprobs": ({"echo": True, "logprobs": 1}, "echo is true; allowed with logprobs: false", "echo"),
     "number": ({"prompt": 5}, "prompt is not a text, a list of texts", "prompt"),
     "mixture": ({"prompt": ["x", [1]]}, "prompt has entries that are neither", "prompt"),
