@@ -69,6 +69,8 @@ def test_what_fits_exits_with_0_and_what_does_not_with_1(
     assert command_line.run("plan", "owner/name").code == 1
     wrong = command_line.run("plan", "owner/name", "--gpu-memory", "much")
     assert (wrong.code, "is not a size" in wrong.err) == (2, True)
+    unknown = command_line.run("plan", "owner/name", "--dtype", "int3")
+    assert (unknown.code, "allowed: float32, float16, bfloat16" in unknown.err) == (2, True)
 
 
 def test_scripts_get_a_document(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
