@@ -38,7 +38,7 @@ class _Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(with_body=True)
 
-    def log_message(self, format: str, *arguments: object) -> None:
+    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - its name in http.server
         """Says nothing."""
 
     def _answer(self, *, with_body: bool) -> None:

@@ -5,6 +5,7 @@ The node's own memory plan decides; what it refuses is taken apart here, so that
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Final
 
 from compute_node.batch_loop import KV_BLOCK_TOKENS
 from compute_node.config import ComputeConfig
@@ -20,8 +21,11 @@ from compute_node.planning.planned_device import CONTEXT_NBYTES
 from promoe.errors import InsufficientMemory
 from promoe.model_spec import Dtype, ModelSpec
 
-SHORTEST_CONTEXT_TOKENS = 256
+SHORTEST_CONTEXT_TOKENS: Final = 256
 """A context below this mends nothing that a person wants."""
+
+_LARGE_MIB: Final = 4096
+"""From here on GPUs come in whole gibibytes."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ class DeviceNeeds:
             is_too_much = self.config.memory_bytes > self.free_nbytes
             yield f"--memory {free_mib}MiB" if is_too_much else f"--memory {_mebibytes(least_nbytes, free_mib)}"
         elif self.is_asked_gpu:
-            yield f"--gpu-memory {_mebibytes(self.needs.dense_nbytes + rest_nbytes / BUDGET_SHARE + CONTEXT_NBYTES)}"
+            gpu_nbytes = self.needs.dense_nbytes + rest_nbytes / BUDGET_SHARE + CONTEXT_NBYTES
+            yield f"--gpu-memory {_mebibytes(gpu_nbytes)} (a larger GPU)"
         elif self.config.memory_bytes is not None and self._with(memory_bytes=None).plan() is not None:
             yield "no --memory (what is free is enough)"
         if self.spec.layout.dtype is Dtype.FLOAT32:
@@ -160,4 +165,6 @@ class DeviceNeeds:
 def _mebibytes(nbytes: float, most_mib: int | None = None) -> str:
     """Rounded up."""
     mib = -(-int(nbytes) >> 20) + 1
-    return f"{mib if most_mib is None else min(mib, most_mib)}MiB"
+    if most_mib is not None:
+        return f"{min(mib, most_mib)}MiB"
+    return f"{-(-mib // 1024)}GiB" if mib >= _LARGE_MIB else f"{mib}MiB"

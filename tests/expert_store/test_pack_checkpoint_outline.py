@@ -52,7 +52,7 @@ def test_a_hub_model_has_the_footprint_of_its_download(hub: LocalHub) -> None:
 
 
 def test_what_the_hub_lacks_is_said(hub: LocalHub) -> None:
-    with pytest.raises(ModelNotFound, match="no model of that name|cannot be reached"):
+    with pytest.raises(ModelNotFound, match=r"no model of that name|cannot be reached"):
         find_outline("owner/other")
     save_tiny_checkpoint("mixtral", hub.folder, torch.bfloat16)
     weights = hub.folder / "model.safetensors"

@@ -15,6 +15,7 @@ from promoe.cli.plan_inquiry import ask_node, ask_store
 from promoe.cli.plan_resources import Resource, device_resources, host_resources
 from promoe.cli.plan_view import plan_view, suggestion
 from promoe.footprint import ModelFootprint
+from promoe.model_spec import Dtype
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class PlanFlags:
 
 def plan(flags: PlanFlags) -> None:
     """Say whether a model fits and how fast it would be, from its headers alone. Exit code 1 if it does not fit."""
+    if flags.dtype is not None:
+        Dtype.parse(flags.dtype)
     pack = plan_pack(flags.model, flags.dtype)
     with state_console().status("Reading the model's headers …") as status:
         store = ask_store(pack, flags.dtype)

@@ -48,7 +48,7 @@ class Resource:
         return (
             f"{self.name.capitalize()}: {format_nbytes(self.need_nbytes)} needed, {format_nbytes(self.have_nbytes)} "
             f"there, {short} short. {self.mend}"
-        )
+        ).rstrip()
 
 
 def device_resources(plan: Mapping[str, object]) -> Iterator[Resource]:
@@ -56,12 +56,11 @@ def device_resources(plan: Mapping[str, object]) -> Iterator[Resource]:
     parts, mends = plan["parts"], plan["mends"]
     assert isinstance(parts, list), "a node's plan has parts"
     assert isinstance(mends, list), "a node's plan has mends"
+    mend = f"Give {', or '.join(mends)}." if mends else "No flag mends it: it takes a larger device."
     for part in parts:
-        is_short = part["short_nbytes"] > 0
-        mend = ""
-        if is_short:
-            mend = f"Give {', or '.join(mends)}." if mends else "No flag mends it: it takes a larger device."
         yield _sized(part["name"], part["need_nbytes"], part["have_nbytes"], part["detail"], mend)
+        if part["short_nbytes"]:
+            mend = ""  # said once
 
 
 def host_resources(store: StoreAnswer, host_nbytes: int | None, pack_dir: Path) -> Iterator[Resource]:

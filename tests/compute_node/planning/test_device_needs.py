@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute_node.memory_plan import BUDGET_SHARE, plan_memory
+from compute_node.memory_plan import BUDGET_SHARE, MemoryNeeds, plan_memory
 from compute_node.planning.device_needs import DeviceNeeds
 from compute_node.planning.planned_device import CONTEXT_NBYTES
 from promoe.config import SettingUnfit
@@ -17,7 +17,7 @@ from tests.compute_node.planning.plans import DENSE_NBYTES, MIB, device_needs
 
 def mended(needs: DeviceNeeds, flag: str) -> DeviceNeeds:
     """The same with the flag."""
-    name, _, value = flag.partition(" ")
+    name, value, *_ = flag.split(" ")
     nbytes = int(value.removesuffix("MiB")) * MIB if value.endswith("MiB") else 0
     settings: dict[str, dict[str, object]] = {
         "--cache-rate": {"cache_rate": float(value)} if name == "--cache-rate" else {},
@@ -91,6 +91,12 @@ def test_the_largest_that_fits_is_suggested() -> None:
     assert fits is not None
     assert does_not is None
     assert device_needs(40 * MIB).most_slots() is None
+
+
+def test_large_gpus_are_asked_for_in_whole_gibibytes() -> None:
+    needs = MemoryNeeds(dense_nbytes=10 << 30, kv_nbytes_per_token=1024, workspace_nbytes=2 * MIB)
+    small = replace(device_needs(1 << 30, is_asked_gpu=True), needs=needs)
+    assert small.mends() == ["--gpu-memory 11GiB (a larger GPU)"]
 
 
 @pytest.mark.parametrize(
