@@ -8,6 +8,7 @@ import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -63,7 +64,8 @@ class KeptDocuments:
             partial.replace(path)
             self.remove_old()
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # of a folder that is none
+                partial.unlink(missing_ok=True)
             logger.warning("A document cannot be kept in %s (%s).", self._folder, error.strerror or error)
 
     def load(self) -> Iterator[tuple[Document, float]]:
