@@ -105,7 +105,7 @@ def test_it_learns_from_what_is_served_and_goes_on_from_a_parent(pack: Path, eag
     assert (parent.parent, child.parent) == ("", "learned@1")
     assert child.metrics == second.metrics
     assert child.metrics["held_out_loss"] < child.metrics["held_out_loss_of_parent"]
-    assert child.metrics["held_out_loss_of_parent"] == pytest.approx(parent.metrics["held_out_loss"])
+    assert child.metrics["held_out_loss_of_parent"] == pytest.approx(parent.metrics["held_out_loss"], rel=0.01)
     assert child.training["documents"] == DOCUMENTS
     one, other = (LearnedPredictor(PredictorSource(learnable_spec(), pack, Path(p.path))) for p in (first, second))
     assert other.version.version == "learned@2"
