@@ -5,12 +5,12 @@ The least important process of the host: niced down, one thread that computes. E
 """
 
 import argparse
+import logging
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 # Before numpy is imported: the other cores are those of the processes that serve.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
@@ -24,8 +24,6 @@ from promoe.errors import PromoeError, exit_status
 from promoe.pack_manifest import PackManifest
 from promoe.packet_channel import PacketChannel
 from promoe.telemetry import configure_logging
-
-_NICENESS: Final = 19
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"predictor_service.learner: {error}\n")
         return 2
-    os.nice(_NICENESS)
+    os.nice(learner.niceness)
     try:
         spec = PackManifest.read(predictor.pack).spec
         LearnerProcess(learner, spec, predictor.pack, options.out, feed, control).run()
@@ -60,4 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    # At once: a training may be under way in a thread, inside of torch, which is not to be waited for.
+    logging.shutdown()
+    os._exit(status)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 _MOST_COUNT: Final = 1 << 30
+_NICEST: Final = 19
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class LearnerConfig:
         max_steps, max_train_s: of the optimiser and of processor time, of one training.
         learning_rate: of one that begins from the active version.
         cpu_share: of one core, while training.
+        niceness: of the learner's process; 19 has what nobody else wants.
         alpha: how often at most a candidate is promoted whose gain is not above `min_gain`.
         give_up_alpha: how often at most one is given up that is better by more than `min_gain`.
         min_gain: in recall, from where on a candidate is worth a promotion.
@@ -51,6 +53,7 @@ class LearnerConfig:
     max_train_s: float = 600.0
     learning_rate: float = 5e-4
     cpu_share: float = 0.5
+    niceness: int = 19
     alpha: float = 0.01
     give_up_alpha: float = 0.1
     min_gain: float = 0.005
@@ -73,6 +76,8 @@ class LearnerConfig:
                 raise ValueError(f"learner.{name} is {getattr(self, name)}; allowed: between 0 and 1")
         if not 0 < self.cpu_share <= 1:
             raise ValueError(f"learner.cpu_share is {self.cpu_share}; allowed: above 0, up to 1")
+        if not 0 <= self.niceness <= _NICEST:
+            raise ValueError(f"learner.niceness is {self.niceness}; allowed: 0 to {_NICEST}")
         if not 0 < self.largest_difference <= 1:
             raise ValueError(f"learner.largest_difference is {self.largest_difference}; allowed: above 0, up to 1")
         for name in ("min_gain", "tolerated_loss"):

@@ -64,8 +64,8 @@ class KeptDocuments:
             partial.replace(path)
             self.remove_old()
         except OSError as error:
-            with suppress(OSError):  # it may never have been there
-                partial.unlink()
+            with suppress(OSError):  # of a folder that is none
+                partial.unlink(missing_ok=True)
             logger.warning("A document cannot be kept in %s (%s).", self._folder, error.strerror or error)
 
     def load(self) -> Iterator[tuple[Document, float]]:

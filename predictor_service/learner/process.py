@@ -15,6 +15,7 @@ from predictor_service.learner.config import LearnerConfig
 from predictor_service.learner.control import (
     AskStatus,
     CandidateTrained,
+    Command,
     ControlLines,
     KnowVersions,
     LearnerStatus,
@@ -86,7 +87,7 @@ class LearnerProcess:
                 try:
                     if self._control in ready:
                         self._obey()
-                except Unavailable:
+                except (Unavailable, InvalidInput):  # gone, or talking without end
                     return
                 if self._feed in ready and not self._read_feed():
                     selector.unregister(self._feed)
@@ -137,15 +138,14 @@ class LearnerProcess:
 
     def _obey(self) -> None:
         """Raises Unavailable when the other side is gone."""
-        try:
-            for line in self._control.receive():
-                self._obey_line(line)
-        except InvalidInput as error:
-            # Both ends are of one installation: a line that is no command is a bug, and the next one may be good.
-            logger.error("%s", error)
+        for line in self._control.receive():
+            try:
+                self._obey_command(decode_command(line))
+            except InvalidInput as error:
+                # Both ends are of one installation: a line that is no command is a bug, and the next one may be good.
+                logger.error("%s", error)
 
-    def _obey_line(self, line: bytes) -> None:
-        command = decode_command(line)
+    def _obey_command(self, command: Command) -> None:
         match command:
             case Train():
                 self._train(command)

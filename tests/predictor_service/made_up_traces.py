@@ -44,13 +44,13 @@ class LearnableModel:
         stream_TD = self.words_WD[words] + 0.1 * rng.standard_normal((len(words), HIDDEN)).astype(np.float32)
         inputs, router_inputs, routings = [], [], []
         for layer in range(LAYERS):
-            inputs.append(_rounded(stream_TD))
-            router_input_TD = _rounded(stream_TD / np.abs(stream_TD).mean(axis=1, keepdims=True))
+            inputs.append(rounded(stream_TD))
+            router_input_TD = rounded(stream_TD / np.abs(stream_TD).mean(axis=1, keepdims=True))
             scores_TE = router_input_TD @ self.routers_LED[layer].T
             router_inputs.append(router_input_TD)
             routings.append(np.argsort(-scores_TE, axis=1)[:, :PER_TOKEN])
             stream_TD = stream_TD + np.tanh(stream_TD @ self.mix_LDD[layer])
-        inputs.append(_rounded(stream_TD))
+        inputs.append(rounded(stream_TD))
         return np.stack(inputs), np.stack(router_inputs), np.stack(routings).astype(np.uint16)
 
     def write_pack(self, folder: Path) -> Path:
@@ -127,6 +127,6 @@ def header_of(spec: ModelSpec) -> TraceHeader:
     )
 
 
-def _rounded(values: Float32Array) -> Float32Array:
+def rounded(values: Float32Array) -> Float32Array:
     rounded: Float32Array = (values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     return rounded

@@ -1,6 +1,6 @@
 """Plays recorded steps to two predictors and compares their hints, as the service's shadow does."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,11 +41,23 @@ class PlayedPredictor:
         return float(np.mean(recalls))
 
 
-def comparisons(steps: Sequence[RecordedStep], active: Predictor, shadow: Predictor) -> Iterator[StepComparison]:
+def scores(steps: Sequence[RecordedStep], predictor: Predictor) -> list[float | None]:
+    """Of each step, in a session of its own."""
+    played = PlayedPredictor(predictor)
+    return [played.play(step) for step in steps]
+
+
+def compared(
+    steps: Sequence[RecordedStep],
+    active_scores: Sequence[float | None],
+    shadow_scores: Sequence[float | None],
+    active: Predictor,
+    shadow: Predictor,
+) -> list[StepComparison]:
     """Of every step that decodes."""
-    played = PlayedPredictor(active), PlayedPredictor(shadow)
-    for step in steps:
-        scores = [each.play(step) for each in played]
-        if scores[0] is not None and scores[1] is not None:
-            names = tuple(span.request_id for span in step.start.spans)
-            yield StepComparison(names, played[0].version, played[1].version, scores[0], scores[1])
+    versions = active.version.version, shadow.version.version
+    return [
+        StepComparison(tuple(span.request_id for span in step.start.spans), *versions, one, other)
+        for step, one, other in zip(steps, active_scores, shadow_scores, strict=True)
+        if one is not None and other is not None
+    ]
