@@ -14,7 +14,7 @@ from tests.compose.container_stack import PROMPT, SERVICES, ContainerStack
 from tests.deploy.test_observability import ALERTS, EXPRESSIONS, OBSERVE
 from tests.running_store import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 LARGEST_STORE_IMAGE_NBYTES: Final = 200_000_000
 SECRET_FOLDERS: Final = {"expert-store": "/run/store", "predictor": "/run/predictor"}
