@@ -9,13 +9,14 @@ import pytest
 from rich.console import Console
 
 from promoe.cli import plan as plan_command
-from promoe.cli import plan_resources
+from promoe.cli import plan_inquiry, plan_resources
 from promoe.cli.diagnosis import Verdict, fail
 from promoe.cli.pack_cache import PackPlan, ToolCommand
 from promoe.cli.plan import PlanFlags
-from promoe.cli.plan_inquiry import StoreAnswer, footprint_source
+from promoe.cli.plan_inquiry import StoreAnswer, ask_store, footprint_source
 from promoe.cli.plan_resources import Resource, device_resources, host_resources
 from promoe.cli.plan_view import plan_view, suggestion
+from promoe.errors import InternalError
 from promoe.footprint import ModelFootprint
 from promoe.model_spec import Dtype
 from tests.promoe.command_line import CommandLine
@@ -175,9 +176,13 @@ def test_the_store_looks_at_the_pack_or_at_its_source(tmp_path: Path) -> None:
     assert footprint_source(PackPlan("demo", tmp_path / "pack", (step,))) == str(tmp_path)
 
 
-def test_what_the_modules_refuse_is_told_in_their_words(command_line: CommandLine, tmp_path: Path) -> None:
-    (tmp_path / "dense").mkdir()
-    (tmp_path / "dense" / "config.json").write_text('{"model_type": "no such family"}')
-    ran = command_line.run("plan", str(tmp_path / "dense"))
-    assert (ran.code, ran.out) == (1, "")
-    assert ran.err.startswith("error: dense: its family 'no such family' is unknown to Transformers")
+def test_what_a_module_refuses_is_told_in_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = PackPlan("m", tmp_path, ())
+    # It ends with status 2 after a line that begins with its name and `error: `, as a wrong command line does.
+    monkeypatch.setattr(plan_inquiry, "_FOOTPRINT_MODULE", "json.tool")
+    with pytest.raises(ValueError, match=r"^argument infile: can't open"):
+        ask_store(pack, None)
+    # It ends with a traceback, as a bug does.
+    monkeypatch.setattr(plan_inquiry, "_FOOTPRINT_MODULE", "promoe.cli.launch")
+    with pytest.raises(InternalError, match=r"promoe\.cli\.launch failed"):
+        ask_store(pack, None)

@@ -100,14 +100,6 @@ def test_the_demo_model_takes_what_the_command_said(
 ) -> None:
     asked = ("--cache-rate", "0.5", "--context", "512", "--concurrency", "2", "--memory", "600MiB", "--device", "cpu")
     command = [sys.executable, "-c", "from promoe.cli.app import main; main()", "plan", str(demo_checkpoint), *asked]
-    done = subprocess.run(
-        [*command, "--link", "100MB/s", "--json"],
-        capture_output=True, text=True, check=False, env={**os.environ, "PROMOE_HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    needs = {each["name"]: each["need_nbytes"] for each in document["resources"]}
-    assert needs["pack on disk"] == pytest.approx(files_nbytes(demo_pack_bf16), rel=WITHIN)
     settings = (
         "compute.cache_rate=0.5",
         "compute.max_context_tokens=512",
@@ -116,9 +108,19 @@ def test_the_demo_model_takes_what_the_command_said(
     )
     with RunningStore(demo_pack_bf16, socket_dir) as store:
         store.wait_until_serving()
-        assert arena_nbytes(store) == document["model"]["arena_nbytes"]
-        with RunningNode(demo_pack_bf16, store.endpoint, tmp_path, *settings) as node, node.client() as client:
-            info = client.info()
+        with RunningNode(demo_pack_bf16, store.endpoint, tmp_path, *settings) as node:
+            # The node loads meanwhile.
+            done = subprocess.run(
+                [*command, "--link", "100MB/s", "--json"],
+                capture_output=True, text=True, check=False, env={**os.environ, "PROMOE_HOME": str(tmp_path)},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            document = json.loads(done.stdout)
+            with node.client() as client:
+                info = client.info()
+            assert arena_nbytes(store) == document["model"]["arena_nbytes"]
+    needs = {each["name"]: each["need_nbytes"] for each in document["resources"]}
+    assert needs["pack on disk"] == pytest.approx(files_nbytes(demo_pack_bf16), rel=WITHIN)
     said = logged_plan(node.log.read_text())
     assert said["dense weights"] == pytest.approx(needs["dense weights"], rel=WITHIN)
     assert said["KV blocks"] == pytest.approx(needs["KV blocks"], rel=WITHIN)
