@@ -107,7 +107,7 @@ def test_it_promotes_what_it_learned_and_says_why(service: RunningPredictor) -> 
         assert promoted.after.startswith("learned-here@1.")
         numbers = {number.name: number.value for number in promoted.numbers}
         assert numbers["gain"] > 0.0, numbers
-        assert admin.learner().state in (LearnerState.WATCHING, LearnerState.GATHERING, LearnerState.TRAINING)
+        wait_until(lambda: admin.learner().state is not LearnerState.SHADOWING, 60, service.log)
         # A person's word goes before the learner's.
         admin.activate("frequency", "ann", "I know better")
         wait_until(lambda: node.serve().state in (LearnerState.GATHERING, LearnerState.TRAINING), 60, service.log)
