@@ -231,8 +231,11 @@ def _signature_map(pack: Path, spec: ModelSpec, block: TokenBlock) -> SignatureM
     sample = torch.from_numpy(block.hidden_SND[: spec.num_moe_layers, :4096].view("int16")).view(torch.bfloat16)
     known_LN = torch.from_numpy(block.known_SN[: spec.num_moe_layers, :4096])
     signature_LNE = centred.of(sample.float())
-    spreads = [signature_LNE[layer, known_N].std() for layer, known_N in enumerate(known_LN)]
-    scale_L = torch.stack(spreads).nan_to_num(nan=1.0).clamp(min=1e-6)  # of no token there is none
+    spreads = [
+        signature_LNE[layer, known_N].std() if known_N.any() else torch.ones(())
+        for layer, known_N in enumerate(known_LN)
+    ]
+    scale_L = torch.stack(spreads).clamp(min=1e-6)
     return replace(
         centred, weight_LED=centred.weight_LED / scale_L[:, None, None], bias_LE=centred.bias_LE / scale_L[:, None]
     )

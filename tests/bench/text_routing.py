@@ -23,6 +23,9 @@ from tests.predictor_service.made_up_traces import rounded
 
 PROMPT_TOKENS: Final = 8
 
+MOST_OF_A_TEXT: Final = 4
+"""Documents."""
+
 
 def prose() -> Iterator[str]:
     """The language reference, a topic at a time."""
@@ -62,11 +65,11 @@ class TextRouting:
         """Equal parts of the texts, taken evenly from all of them."""
         parts: list[list[int]] = []
         for text in texts:
-            ids = self._tokenizer(text[:20_000])["input_ids"]
+            ids = self._tokenizer(text[: MOST_OF_A_TEXT * self._document_tokens * 6])["input_ids"]
             parts += [
                 ids[first : first + self._document_tokens]
                 for first in range(0, len(ids) - self._document_tokens, self._document_tokens)
-            ][:4]
+            ][:MOST_OF_A_TEXT]
         order = np.random.default_rng(0).permutation(len(parts))
         if len(order) < num_documents:
             raise ValueError(f"There are {len(order)} documents of {kind}; asked for {num_documents}.")
@@ -80,7 +83,7 @@ class TextRouting:
             self._model(input_ids=torch.tensor([token_ids]), use_cache=False, logits_to_keep=1)
         hidden_LTD = np.stack([values.reshape(len(token_ids), -1).numpy() for values in self._router_inputs])
         hidden_LTD = rounded(hidden_LTD)
-        scores_LTE = np.einsum("ltd,led->lte", hidden_LTD, self._routers.weight_LED)
+        scores_LTE = hidden_LTD @ self._routers.weight_LED.transpose(0, 2, 1)
         topk_ids_LTK = np.argsort(-scores_LTE, axis=2)[:, :, : self._spec.experts_per_token].astype(np.uint16)
         spans = [(0, PROMPT_TOKENS), *((token, token + 1) for token in range(PROMPT_TOKENS, len(token_ids)))]
         return [self._recorded(request_id, slice(*span), hidden_LTD, topk_ids_LTK) for span in spans]

@@ -112,3 +112,23 @@ def test_ctrl_c_leaves_the_best_epoch_or_nothing(folder: Path, tmp_path: Path) -
     assert output.strip() == str(out)
     assert read_artifact(out).manifest.training["epochs"] >= 1  # type: ignore[operator]
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_training_goes_on_from_an_artifact(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    assert training.main(arguments(folder, first, "--lookahead", "1", "--epochs", "1", "--name", "n")) == 0
+    more = ("--from", str(first), "--version", "2", "--epochs", "2")
+    assert training.main(arguments(folder, second, *more)) == 0
+    manifest = read_artifact(second).manifest
+    assert (manifest.name, manifest.version, manifest.parent) == ("n", "2", "n@1")
+    assert manifest.lookaheads == (1,)
+    capsys.readouterr()
+    for wrong, sentence in (
+        (("--from", str(first), "--version", "2", "--lookahead", "2"), "--lookahead is"),
+        (("--from", str(first), "--version", "2", "--kind", "promoe"), "--kind is"),
+        (("--from", str(first)), "--version is 1"),
+        (("--from", str(folder / "run.trace"), "--version", "2"), "damaged"),
+    ):
+        assert training.main(arguments(folder, tmp_path / "3.safetensors", *wrong)) == 1
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "3.safetensors").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from predictor_service.artifact import read_artifact
 from predictor_service.training.fit import FitSettings
 from predictor_service.training.token_blocks import Split, TokenBlock
 from predictor_service.training.train import Training, train
@@ -166,3 +167,64 @@ def test_a_fit_that_cannot_be_is_refused(change: dict[str, float]) -> None:
     good = FitSettings(1, 1, 1, 1e-3, is_annealed=True, seed=0)
     with pytest.raises(ValueError, match=next(iter(change))):
         replace(good, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["learned", "promoe"])
+def test_it_goes_on_from_an_artifact(kind: str, tmp_path: Path) -> None:
+    first_fit = replace(small_training(kind).fit, epochs=1, is_annealed=False)
+    first, source = train_small(kind, tmp_path, fit=first_fit)
+    assert source.artifact is not None
+    parent = read_artifact(source.artifact)
+    training = replace(Training.from_parent(parent.manifest), fit=replace(first_fit, epochs=2))
+    assert (training.lookaheads, training.units, training.objective) == (
+        first.training.lookaheads, first.training.units, first.training.objective,
+    )  # fmt: skip
+    blocks, spec = made_up_blocks(LearnableModel(), kind), learnable_spec()
+    trained = train(training, spec, source.pack, blocks, SilentProgress(), parent)
+    assert trained.before is not None
+    assert trained.before.loss == pytest.approx(first.result.measured.loss, rel=1e-4), "its weights are the parent's"
+    assert trained.result.measured.loss < trained.before.loss
+    manifest = trained.manifest("n", "4", spec, ("f",))
+    assert manifest.parent == f"{kind}-test@3"
+    assert manifest.metrics["held_out_loss_of_parent"] == trained.before.loss
+    hopeless = replace(training, fit=replace(first_fit, epochs=1, learning_rate=10.0))
+    with pytest.raises(InvalidInput, match=f"No epoch is better than {kind}-test@3"):
+        train(hopeless, spec, source.pack, blocks, SilentProgress(), parent)
+
+
+def test_a_kind_that_is_not_trained_is_no_parent(tmp_path: Path) -> None:
+    first_fit = replace(small_training("learned").fit, epochs=1)
+    _, source = train_small("learned", tmp_path, fit=first_fit)
+    assert source.artifact is not None
+    manifest = replace(read_artifact(source.artifact).manifest, kind="frequency")
+    with pytest.raises(InvalidInput, match="of the kind frequency"):
+        Training.from_parent(manifest)
+
+
+def test_hidden_states_that_were_not_seen_teach_nothing(tmp_path: Path) -> None:
+    """Zeros or noise: what stands in their place makes no difference."""
+    model = LearnableModel()
+    pack = model.write_pack(tmp_path / "pack")
+    fit = replace(small_training("learned").fit, epochs=2)
+    weights = []
+    for filling in (0, 0x4000):
+        whole, held_out = model.block(20, seed=1), model.block(10, seed=2)
+        seen_SN = np.ones(whole.hidden_SND.shape[:2], np.bool_)
+        seen_SN[[1, 3]] = False
+        hidden_SND = np.where(seen_SN[..., None], whole.hidden_SND, np.uint16(filling))
+        blocks = FixedBlocks(replace(whole, hidden_SND=hidden_SND, seen_SN=seen_SN), held_out)
+        trained = train(small_training("learned", fit=fit), learnable_spec(), pack, blocks, SilentProgress())
+        weights.append(trained.trainee.tensors())
+    for name, values in weights[0].items():
+        np.testing.assert_array_equal(values, weights[1][name])
+
+
+@pytest.mark.parametrize("bound", [{"max_steps": 3}, {"max_s": 1e-6}])
+def test_steps_and_time_are_bounded(bound: dict[str, float], tmp_path: Path) -> None:
+    model, progress = LearnableModel(), SilentProgress()
+    fit = replace(small_training("learned").fit, batch_tokens=16, **bound)  # type: ignore[arg-type]
+    blocks = made_up_blocks(model, "learned", documents=20)
+    pack = model.write_pack(tmp_path / "pack")
+    trained = train(small_training("learned", fit=fit), learnable_spec(), pack, blocks, progress)
+    assert trained.result.epochs == 1
+    assert progress.num_tokens == 16 * bound.get("max_steps", 1)
