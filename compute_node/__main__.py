@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings(options.config, options.set)
         config = settings.section("compute", ComputeConfig)
-        configure_logging("compute_node", settings.section("log", LogConfig).level)
+        log = settings.section("log", LogConfig)
+        configure_logging("compute_node", log.level, log.format)
         # Transformers' batching tells of its own comings and goings, in its own format, at the root's level.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
     except ValueError as error:
