@@ -151,7 +151,7 @@ export class Chat {
     if (this.model === null) await this.#findModel(body);
     const response = await ask("/v1/chat/completions", body, this.abort.signal);
     for await (const data of eventsOf(response)) {
-      if (data === "[DONE]") break;
+      if (data === "[DONE]") continue;
       const chunk = JSON.parse(data);
       if (chunk.error) throw new ApiFailure(chunk.error.message, 503, chunk.error.code);
       clock.take(chunk);

@@ -17,6 +17,7 @@ const MEANINGS = {
   missed: "was needed and not there",
 };
 const LEFT_PX = 30;
+const ABOVE_PX = 4;
 const BELOW_PX = 16;
 const LEAST_CELL_PX = 2;
 const MARKED_CELL_PX = 7;
@@ -69,15 +70,15 @@ export class HeatMap {
     const { layers, experts } = this.map;
     const grouped = Math.max(1, Math.ceil((experts * LEAST_CELL_PX) / (width - LEFT_PX)));
     const columns = Math.ceil(experts / grouped);
-    const rowHeight = Math.max(LEAST_CELL_PX, Math.min(14, Math.floor(250 / layers)));
+    const rowHeight = Math.max(LEAST_CELL_PX, Math.min(14, Math.floor(240 / layers)));
     const cellWidth = (width - LEFT_PX) / columns;
     this.shape = { grouped, columns, rowHeight, cellWidth };
-    const context = this.#prepare(width, layers * rowHeight + BELOW_PX);
+    const context = this.#prepare(width, ABOVE_PX + layers * rowHeight + BELOW_PX);
     const palette = paletteOf(this.canvas);
     for (let layer = 0; layer < layers; layer += 1) {
       for (let column = 0; column < columns; column += 1) {
         const left = LEFT_PX + column * cellWidth;
-        const box = [left, layer * rowHeight, cellWidth, rowHeight];
+        const box = [left, ABOVE_PX + layer * rowHeight, cellWidth, rowHeight];
         drawCell(context, palette, this.#cell(layer, column), box);
       }
     }
@@ -118,12 +119,13 @@ export class HeatMap {
     context.textAlign = "right";
     const everyRow = stepOf(layers, Math.ceil(14 / rowHeight));
     for (let layer = 0; layer < layers; layer += everyRow) {
-      context.fillText(`L${layer}`, LEFT_PX - 6, (layer + 0.5) * rowHeight);
+      context.fillText(`L${layer}`, LEFT_PX - 6, ABOVE_PX + (layer + 0.5) * rowHeight);
     }
     context.textAlign = "center";
     const everyColumn = stepOf(columns, Math.ceil(34 / cellWidth));
     for (let column = 0; column < columns; column += everyColumn) {
-      context.fillText(`E${column * grouped}`, LEFT_PX + (column + 0.5) * cellWidth, layers * rowHeight + BELOW_PX / 2 + 1);
+      const left = LEFT_PX + (column + 0.5) * cellWidth;
+      context.fillText(`E${column * grouped}`, left, ABOVE_PX + layers * rowHeight + BELOW_PX / 2 + 1);
     }
   }
 
@@ -133,7 +135,7 @@ export class HeatMap {
     context.strokeStyle = palette.text;
     context.lineWidth = 2;
     const left = LEFT_PX + Math.floor(expert / grouped) * cellWidth;
-    context.strokeRect(left, layer * rowHeight, cellWidth, rowHeight);
+    context.strokeRect(left, ABOVE_PX + layer * rowHeight, cellWidth, rowHeight);
   }
 
   #addToLegend(activity) {
@@ -173,7 +175,7 @@ export class HeatMap {
   #point(event) {
     if (this.states === null) return;
     const { rowHeight, cellWidth, grouped } = this.shape;
-    const layer = Math.floor(event.offsetY / rowHeight);
+    const layer = Math.floor((event.offsetY - ABOVE_PX) / rowHeight);
     const expert = Math.floor((event.offsetX - LEFT_PX) / cellWidth) * grouped;
     const isInside = layer >= 0 && layer < this.map.layers && expert >= 0 && expert < this.map.experts;
     this.#moveTo(isInside ? [layer, expert] : null);

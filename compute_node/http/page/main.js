@@ -73,14 +73,13 @@ byId("key-form").addEventListener("submit", (event) => {
 
 // ---- colours
 
-const wantsDark = window.matchMedia("(prefers-color-scheme: dark)");
+const WANTS_DARK = "(prefers-color-scheme: dark)";
 
 function applyTheme() {
   const asked = localStorage.getItem(THEME) ?? "auto";
-  const theme = asked === "auto" ? (wantsDark.matches ? "dark" : "light") : asked;
-  document.documentElement.dataset.theme = theme;
+  byId("dark").media = { light: "not all", dark: "all" }[asked] ?? WANTS_DARK;
   const [label, phrase] = THEMES[asked] ?? THEMES.auto;
-  setText(byId("theme-button"), label);
+  setText(byId("theme-button"), `◐ ${label}`);
   byId("theme-button").setAttribute("aria-label", `Colours: ${phrase}`);
   heatMap.draw();
 }
@@ -91,7 +90,7 @@ byId("theme-button").addEventListener("click", () => {
   localStorage.setItem(THEME, next);
   applyTheme();
 });
-wantsDark.addEventListener("change", applyTheme);
+window.matchMedia(WANTS_DARK).addEventListener("change", applyTheme);
 applyTheme();
 
 // ---- views, where there is room for one of the two
