@@ -7,19 +7,22 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from compute_node.compilation import execution
 from compute_node.config import ComputeConfig
-from compute_node.http.gate import HttpGate
 from compute_node.node import ComputeNode
 from compute_node.service import SERVICE_NAME
 from promoe.config import LogConfig, Settings, SettingUnfit
 from promoe.errors import PromoeError, exit_status
 from promoe.rpc import RpcServer
 from promoe.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from compute_node.http.gate import HttpGate
 
 logger = logging.getLogger("compute_node")
 
@@ -35,11 +38,11 @@ async def serve(config: ComputeConfig) -> None:
     # Until the event loop is free to listen, a signal ends the process at once: nothing was accepted yet.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    gate = HttpGate(config)
     server = RpcServer((SERVICE_NAME,))
     endpoint = server.listen(config.listen)
     stop = asyncio.Event()
     node = ComputeNode(config)
+    gate = open_gate(config)
     try:
         service = node.start(on_death=stop.set, loop=asyncio.get_running_loop())
         # What was loaded stays: looking through it for garbage would hold a step up for a fifth of a second.
@@ -50,8 +53,10 @@ async def serve(config: ComputeConfig) -> None:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         await server.start()
         await server.set_serving(True)
-        assert node.parts is not None, "it was started"
-        async with gate.serving(node.parts):
+        async with AsyncExitStack() as http:
+            if gate is not None:
+                assert node.parts is not None, "it was started"
+                await http.enter_async_context(gate.serving(node.parts))
             logger.info("Serving %s at %s.", node.spec.name, endpoint)
             await stop.wait()
             logger.info("Draining: new requests are refused.")
@@ -59,10 +64,21 @@ async def serve(config: ComputeConfig) -> None:
             await node.drain()
         await server.stop(grace_s=1.0)
     finally:
-        gate.close()
+        if gate is not None:
+            gate.close()
         node.close()
     if node.has_died:
         raise PromoeError("The engine or the store client died; the log above has the reason.")
+
+
+def open_gate(config: ComputeConfig) -> "HttpGate | None":
+    """The HTTP API's address, where one is asked for; see HttpGate for the errors."""
+    if not config.http_listen:
+        return None
+    # Here, because a node without an HTTP API starts sooner without it.
+    from compute_node.http.gate import HttpGate
+
+    return HttpGate(config)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

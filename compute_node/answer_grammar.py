@@ -8,15 +8,17 @@ import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import llguidance.hf
 import torch
-from llguidance import LLMatcher, LLTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from compute_node.token_constraint import TokenConstraint
 from promoe.errors import InternalError
+
+if TYPE_CHECKING:
+    # Imported where a grammar is asked for: nodes that never see one need not have it.
+    from llguidance import LLMatcher, LLTokenizer
 
 _SILENT: Final = 0
 
@@ -39,12 +41,16 @@ class AnswerGrammar:
     @classmethod
     def of_json_schema(cls, schema: Mapping[str, object], field: str) -> "AnswerGrammar":
         """JSON that the schema allows; `{"type": "object"}` is any object."""
+        from llguidance import LLMatcher
+
         text = json.dumps(schema)
         return cls(LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITE_SPACE}), field)
 
     @classmethod
     def of_lark(cls, lark: str, field: str) -> "AnswerGrammar":
         """See llguidance's documentation of its Lark dialect."""
+        from llguidance import LLMatcher
+
         return cls(LLMatcher.grammar_from_lark(lark), field)
 
 
@@ -74,7 +80,9 @@ class GrammarCompiler:
         matcher = await asyncio.to_thread(self._compile, grammar)
         return [_GrammarConstraint(matcher.deep_copy()) for _ in range(num_answers)]
 
-    def _compile(self, grammar: AnswerGrammar) -> LLMatcher:
+    def _compile(self, grammar: AnswerGrammar) -> "LLMatcher":
+        from llguidance import LLMatcher
+
         tokenizer = self._prepare(grammar.field)
         complaint = LLMatcher.validate_grammar(grammar.text, tokenizer)
         if complaint and not complaint.startswith("WARNING"):
@@ -84,20 +92,22 @@ class GrammarCompiler:
             raise ValueError(f"{grammar.field} cannot be enforced: {matcher.get_error().splitlines()[0]}")
         return matcher
 
-    def _prepare(self, field: str) -> LLTokenizer:
+    def _prepare(self, field: str) -> "LLTokenizer":
+        from llguidance.hf import from_tokenizer
+
         if not isinstance(self._tokenizer, PreTrainedTokenizerFast) or not self._eos_token_ids:
             raise ValueError(f"{field} cannot be enforced with this model's tokenizer")
         with self._lock:
             if self._prepared is None:
                 eos = sorted(self._eos_token_ids)
-                self._prepared = llguidance.hf.from_tokenizer(self._tokenizer, self._vocab_size, eos)
+                self._prepared = from_tokenizer(self._tokenizer, self._vocab_size, eos)
             return self._prepared
 
 
 class _GrammarConstraint:
     """One answer's place in its grammar."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: "LLMatcher") -> None:
         self._matcher = matcher
 
     def forbid(self, scores_V: torch.Tensor) -> torch.Tensor:

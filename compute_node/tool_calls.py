@@ -1,8 +1,9 @@
 """Functions that a model may call, and its calls as the formats of chat templates write them into the answer's text."""
 
 import json
+import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
@@ -81,19 +82,28 @@ class ToolCallFormat:
     Attributes:
         begin: what comes before it.
         end: what comes after it.
-        parse: name and arguments of what is between, or None when it is no call.
+        parse: name and arguments (JSON) of what is between, or None when it is no call; is given the tools.
         recognise: true for the source of a template that has this format.
+        is_json: what is between is one JSON object of name and arguments, which a grammar can enforce.
     """
 
     begin: str
     end: str
-    parse: Callable[[str], tuple[str, str] | None]
+    parse: Callable[[str, Sequence[Tool]], tuple[str, str] | None]
     recognise: Callable[[str], bool]
+    is_json: bool
 
     def grammar(self, wish: ToolWish) -> AnswerGrammar | None:
-        """Answers with no other calls than those that were asked for; None where any text will do."""
+        """Answers with no other calls than those that were asked for; None where any text will do.
+
+        Raises:
+            ValueError: this format's calls cannot be enforced.
+        """
         if not wish.must_be_enforced:
             return None
+        if not self.is_json:
+            what = "tools has a strict function" if wish.use is ToolUse.AUTO else f"tool_choice is {wish.use.value}"
+            raise ValueError(f"{what}, which cannot be enforced in the format of this model's tool calls")
         tools = wish.callable_tools
         alternatives = {
             "anyOf": [_call_schema(tool) for tool in tools],
@@ -126,7 +136,7 @@ def _call_schema(tool: Tool) -> Mapping[str, object]:
     }
 
 
-def _parse_json_call(text: str) -> tuple[str, str] | None:
+def _parse_json_call(text: str, tools: Sequence[Tool]) -> tuple[str, str] | None:
     """`{"name": …, "arguments": {…}}`."""
     try:
         call = json.loads(text)
@@ -140,16 +150,51 @@ def _parse_json_call(text: str) -> tuple[str, str] | None:
     return call["name"], json.dumps(arguments, ensure_ascii=False)
 
 
+_FUNCTION: Final = re.compile(r"\s*<function=([^>\n]+)>(.*?)(?:</function>)?\s*", re.DOTALL)
+_PARAMETER: Final = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+
+
+def _parse_tagged_call(text: str, tools: Sequence[Tool]) -> tuple[str, str] | None:
+    """`<function=NAME>`, and for each argument `<parameter=NAME>`, its value and `</parameter>`."""
+    function = _FUNCTION.fullmatch(text)
+    if function is None:
+        return None
+    name, body = function.groups()
+    schemas = next((_properties_of(tool) for tool in tools if tool.name == name), {})
+    arguments = {key: _value_of(value, schemas.get(key)) for key, value in _PARAMETER.findall(body)}
+    return name, json.dumps(arguments, ensure_ascii=False)
+
+
+def _properties_of(tool: Tool) -> Mapping[str, object]:
+    properties = (tool.parameters or {}).get("properties")
+    return properties if isinstance(properties, dict) else {}
+
+
+def _value_of(text: str, schema: object) -> object:
+    """Text where the schema wants text, else JSON, and text again where it is none."""
+    if isinstance(schema, dict) and schema.get("type") == "string":
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _has_json_calls(source: str) -> bool:
     return (
         "<tool_call>" in source and "arguments" in source and "<function=" not in source and "<arg_key>" not in source
     )
 
 
+def _has_tagged_calls(source: str) -> bool:
+    return all(mark in source for mark in ("<tool_call>", "<function=", "<parameter="))
+
+
 TOOL_CALL_FORMATS: Final[Mapping[str, ToolCallFormat]] = {
-    "hermes": ToolCallFormat("<tool_call>", "</tool_call>", _parse_json_call, _has_json_calls),
+    "hermes": ToolCallFormat("<tool_call>", "</tool_call>", _parse_json_call, _has_json_calls, is_json=True),
+    "qwen3_coder": ToolCallFormat("<tool_call>", "</tool_call>", _parse_tagged_call, _has_tagged_calls, is_json=False),
 }
-"""By name; `hermes` is Qwen's too."""
+"""By name; `hermes` is that of Qwen2.5 and Qwen3, too."""
 
 
 def format_of(template_source: str | None) -> ToolCallFormat | None:
@@ -167,10 +212,15 @@ class ToolCallScanner:
     """Tells calls from text in an answer that comes in pieces; text that may belong to a call is held back.
 
     A call that cannot be parsed is text. White space around calls belongs to the format.
+
+    Args:
+        tool_format: how calls are written.
+        tools: what may be called.
     """
 
-    def __init__(self, tool_format: ToolCallFormat) -> None:
+    def __init__(self, tool_format: ToolCallFormat, tools: Sequence[Tool] = ()) -> None:
         self._format = tool_format
+        self._tools = tools
         self._held = ""
         self._is_inside = False
         self._drops_space = False
@@ -214,7 +264,7 @@ class ToolCallScanner:
         return [shown]
 
     def _call(self, text: str, end: str) -> list[AnswerPiece]:
-        parsed = self._format.parse(text)
+        parsed = self._format.parse(text, self._tools)
         if parsed is None:
             return [f"{self._format.begin}{text}{end}"]
         self.num_calls += 1

@@ -1,6 +1,7 @@
 """The HTTP API over a real socket, on an event loop in a thread of this process, for tests with real clients."""
 
 import asyncio
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,12 +31,13 @@ from compute_node.http.http_server import HttpListener
 from compute_node.prompt import PromptLimits
 from compute_node.sampling import SampledToken
 from compute_node.step_ledger import RequestUse
+from tests.compute_node.hand_engine import HandEngine
 from tests.compute_node.tiny_serving import Serving, serving
 from tests.families import VOCABULARY
 
 MODEL = "tiny"
 TIMEOUT_S = 60.0
-PROMPT_LIMITS = PromptLimits(len(VOCABULARY), 500, 4096)
+CONTEXT = 500
 
 TOOL_TEMPLATE = """\
 {%- if tools %}<|im_start|>system
@@ -104,6 +106,31 @@ class ScriptEngine:
         self.cancelled.append(request_id)
 
 
+class HeldEngine(HandEngine):
+    """A hand-moved engine that tells when it is asked, and when it is asked to stop.
+
+    Attributes:
+        submitted: ids of requests, as they come.
+        cancelled: ids of requests that were to end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.submitted: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def submit(self, request: EngineRequest, sink: EventSink) -> None:
+        """See HandEngine."""
+        super().submit(request, sink)
+        self.submitted.put(request.request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """See HandEngine; told once."""
+        if request_id in self.running:
+            self.cancelled.put(request_id)
+        super().cancel(request_id)
+
+
 class HttpNode:
     """A serving node's HTTP side.
 
@@ -147,16 +174,18 @@ def http_node(
     limits: AdmissionLimits | None = None,
     keys: tuple[str, ...] = (),
     cors_origins: tuple[str, ...] = (),
+    max_context_tokens: int = CONTEXT,
 ) -> Iterator[HttpNode]:
     """A node whose HTTP API can be reached until the end."""
     settings = AppSettings(EdgeRules(ApiKeys(keys), OPEN_PATHS, max_body_nbytes=100_000), cors_origins)
+    prompt_limits = PromptLimits(len(VOCABULARY), max_context_tokens, 4096)
     ready = threading.Event()
     nodes: list[HttpNode] = []
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
 
     async def serve() -> None:
-        async with serving(engine, tokenizer, limits, PROMPT_LIMITS) as behind:
+        async with serving(engine, tokenizer, limits, prompt_limits) as behind:
             listener = HttpListener("127.0.0.1:0")
             server = listener.serve(build_app(behind.parts, settings))
             nodes.append(HttpNode(f"http://{listener.address}", behind, loop))

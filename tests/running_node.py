@@ -83,6 +83,13 @@ class RunningNode:
         assert found is not None, "it was there a moment ago"
         return found.group(1)
 
+    def http_url(self) -> str:
+        """Where its HTTP API is, without `/v1`; waits until it serves."""
+        self.endpoint()
+        found = re.search(r"OpenAI-compatible API is at (\S+)/v1\.", self.log.read_text())
+        assert found is not None, "it was started with compute.http_listen"
+        return found.group(1)
+
     @contextmanager
     def client(self) -> Iterator[Client]:
         """A client of the serving node."""

@@ -69,10 +69,16 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def status_and_body(error: PromoeError | ValueError) -> tuple[int, dict[str, object]]:
-    """A domain error by the table; errors that are not in it are bugs of this side."""
+def status_and_body(error: PromoeError | ValueError, is_chat: bool = False) -> tuple[int, dict[str, object]]:
+    """A domain error by the table; errors that are not in it are bugs of this side.
+
+    Args:
+        error: the error.
+        is_chat: the prompt is called `messages`.
+    """
     if isinstance(error, ValueError):
-        return 400, error_body(str(error), _INVALID, param_of(str(error)))
+        param = param_of(str(error))
+        return 400, error_body(str(error), _INVALID, "messages" if is_chat and param == "prompt" else param)
     for error_type, status, kind in _STATUS_OF_ERROR:
         if isinstance(error, error_type):
             return status, error_body(str(error), kind, code=type(error).__name__)
@@ -98,7 +104,7 @@ def install_error_pages(app: FastAPI) -> None:
 
     async def domain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, PromoeError | ValueError), "registered for these"
-        status, body = status_and_body(error)
+        status, body = status_and_body(error, is_chat="/chat/" in request.url.path)
         return JSONResponse(body, status, _retry_headers(error))
 
     async def api(request: Request, error: Exception) -> JSONResponse:
@@ -156,7 +162,7 @@ def _validation_sentence(error: RequestValidationError) -> tuple[str, str | None
         return f"{field} is not supported.", field
     if kind == "missing":
         return f"{field} is missing.", field
-    expectation = str(first["msg"]).replace("Input should be", "expected")
+    expectation = str(first["msg"]).replace("Input should be", "expected").replace("False", "false")
     return f"{field} is {_shown(first['input'])}; {expectation}.", field
 
 

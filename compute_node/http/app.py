@@ -46,7 +46,7 @@ def build_app(parts: NodeParts, settings: AppSettings, further: Sequence[APIRout
     install_error_pages(app)
     page = read_page()
     rules = settings.rules
-    origin = PageOrigin(settings.cors_origins, is_open=not rules.keys.are_needed)
+    origin = PageOrigin(settings.cors_origins)
     for router in (
         page_router(page),
         live_router(parts, origin),
@@ -67,4 +67,5 @@ def build_app(parts: NodeParts, settings: AppSettings, further: Sequence[APIRout
             allow_headers=("*",),
             expose_headers=(REQUEST_ID_HEADER, "retry-after"),
         )
-    return Edge(inner, replace(rules, open_paths=rules.open_paths | page_paths(page)))
+    open_paths = settings.rules.open_paths | page_paths(page)
+    return Edge(inner, replace(settings.rules, open_paths=open_paths))

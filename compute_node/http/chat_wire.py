@@ -6,7 +6,7 @@ from compute_node.answer import AnswerEvent, Delta, Finish
 from compute_node.chat_template import ToolCall
 from compute_node.http.answer_wire import FINISH_REASONS, JsonDocument, TokenTexts
 from compute_node.sampling import SampledToken
-from compute_node.tool_calls import AnswerPiece, ToolCallFormat, ToolCallScanner
+from compute_node.tool_calls import AnswerPiece, ToolCallScanner
 
 
 class ChatChoice:
@@ -14,13 +14,13 @@ class ChatChoice:
 
     Args:
         index: its place.
-        tool_format: how calls are written; None when nothing may be called.
+        scanner: finds calls; None when nothing may be called.
         texts: for log probabilities.
     """
 
-    def __init__(self, index: int, tool_format: ToolCallFormat | None, texts: TokenTexts) -> None:
+    def __init__(self, index: int, scanner: ToolCallScanner | None, texts: TokenTexts) -> None:
         self._index = index
-        self._scanner = ToolCallScanner(tool_format) if tool_format is not None else None
+        self._scanner = scanner
         self._texts = texts
         self._content: list[str] = []
         self._calls: list[ToolCall] = []

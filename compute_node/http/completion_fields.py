@@ -6,6 +6,7 @@ from pydantic import field_validator, model_validator
 
 from compute_node.http.request_fields import AnswerFields
 from compute_node.prompt import Prompt, TextPrompt, TokenPrompt
+from compute_node.sampling import MAX_TOP_LOGPROBS
 
 DEFAULT_MAX_TOKENS: Final = 16
 """As in OpenAI's API reference."""
@@ -40,7 +41,9 @@ class CompletionFields(AnswerFields):
 
     @model_validator(mode="after")
     def check_together(self) -> "CompletionFields":
-        """What only makes sense with something else."""
+        """What has a range, or only makes sense with something else."""
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(f"logprobs is {self.logprobs}; allowed: 0 to {MAX_TOP_LOGPROBS}")
         if self.best_of not in (None, self.n):
             raise ValueError(f"best_of is {self.best_of}; allowed: the value of n, {self.n}")
         if self.echo and self.logprobs is not None:

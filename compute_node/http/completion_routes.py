@@ -17,7 +17,7 @@ from compute_node.http.completion_reply import CompletionReply
 from compute_node.http.completion_wire import TextChoice
 from compute_node.http.node_parts import NodeParts
 from compute_node.prompt import Prompt, TextPrompt, TokenPrompt
-from compute_node.tool_calls import ToolCallFormat, ToolWish, format_of
+from compute_node.tool_calls import ToolCallFormat, ToolCallScanner, ToolWish, format_of
 
 
 def completion_router(parts: NodeParts) -> APIRouter:
@@ -62,7 +62,7 @@ async def _open_chat(fields: ChatFields, parts: NodeParts, known_format: ToolCal
     )
     answers = await _open(parts, [(fields.prompt(), options)])
     texts = TokenTexts(parts.codec)
-    choices = [ChatChoice(index, tool_format, texts) for index in range(len(answers))]
+    choices = [ChatChoice(index, _scanner(wish, tool_format), texts) for index in range(len(answers))]
     usage = UsageCount(len(answers[0].request.prompt_ids))
     return CompletionReply(AnswerGroup(answers), choices, new_head("chat.completion", "chatcmpl", parts.model), usage)
 
@@ -125,6 +125,10 @@ def _grammar(fields: ChatFields, wish: ToolWish | None, tool_format: ToolCallFor
     if grammar is not None:
         raise ValueError('response_format is set together with tools; allowed: tool_choice "none"')
     return tool_format.grammar(wish)
+
+
+def _scanner(wish: ToolWish | None, tool_format: ToolCallFormat | None) -> ToolCallScanner | None:
+    return None if wish is None or tool_format is None else ToolCallScanner(tool_format, wish.tools)
 
 
 async def _echo(prompt: Prompt, parts: NodeParts) -> str:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from compute_node.http.api_error import ApiError, api_error_response
 from compute_node.http.api_keys import ApiKeys
+from compute_node.http.loopback import is_loopback
 from promoe.log_format import REQUEST_ID
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,14 @@ class EdgeRules:
         keys: who may come.
         open_paths: what needs no key.
         max_body_nbytes: longest body.
+        is_private: only this host's own names are answered to. A web page whose name was made to point here could
+            else use the API from a browser on this machine as if it were its own.
     """
 
     keys: ApiKeys
     open_paths: frozenset[str]
     max_body_nbytes: int
+    is_private: bool = False
 
 
 class Edge:
@@ -74,6 +78,7 @@ class Edge:
             await send(message)
 
         try:
+            self._check_host(headers)
             self._check_key(scope, headers)
             body = await self._read_body(headers, receive)
             if body is not None:  # else the client left before its request was there
@@ -85,6 +90,13 @@ class Edge:
             fields = {"method": scope["method"], "path": scope["path"], "status": status, "elapsed_s": elapsed_s}
             message = "%s %s: %d after %.3f s (%s)"
             logger.info(message, *fields.values(), request_id, extra={"fields": fields})
+
+    def _check_host(self, headers: Headers) -> None:
+        name = headers.get("host", "localhost")
+        if self._rules.is_private and not is_loopback(_host_of(name)):
+            raise ApiError(
+                403, f"This API answers to this host's own names without a key, not to {name!r}.", code="other_host"
+            )
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         # A browser asks without a key whether it may ask with one.
@@ -129,6 +141,12 @@ class _Replay:
             return await self._receive()
         body, self._body = self._body, None
         return {"type": "http.request", "body": body, "more_body": False}
+
+
+def _host_of(name: str) -> str:
+    """Without the port; an IPv6 address has colons of its own."""
+    host, _, port = name.rpartition(":")
+    return host if host and port.isdecimal() else name
 
 
 def _too_large(most: int) -> ApiError:

@@ -12,7 +12,8 @@ from compute_node.http.api_keys import API_KEYS_VARIABLE, read_api_keys
 from compute_node.http.app import AppSettings, build_app
 from compute_node.http.edge import EdgeRules
 from compute_node.http.health_routes import OPEN_PATHS
-from compute_node.http.http_server import HttpListener, is_loopback
+from compute_node.http.http_server import HttpListener
+from compute_node.http.loopback import is_loopback
 from compute_node.http.node_parts import NodeParts
 from promoe.config import SettingUnfit
 
@@ -20,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class HttpGate:
-    """The node's HTTP address, taken at once and opened when the node can answer; nothing without `http_listen`.
+    """The node's HTTP address, taken at once and opened when the node can answer.
 
     Args:
-        config: what was asked for.
+        config: what was asked for; has an `http_listen`.
 
     Raises:
         SettingUnfit: the keys cannot be read, or others could use the API without one.
@@ -31,9 +32,6 @@ class HttpGate:
     """
 
     def __init__(self, config: ComputeConfig) -> None:
-        self._listener: HttpListener | None = None
-        if not config.http_listen:
-            return
         keys = read_api_keys(config.http_api_keys_file, os.environ.get(API_KEYS_VARIABLE))
         host = config.http_listen.rpartition(":")[0]
         if not keys.are_needed and not is_loopback(host) and not config.http_anonymous:
@@ -43,13 +41,16 @@ class HttpGate:
                 "compute.http_anonymous=true"
             )
         origins = tuple(origin.strip() for origin in config.http_cors_origins.split(",") if origin.strip())
-        self._settings = AppSettings(EdgeRules(keys, OPEN_PATHS, config.http_max_body_bytes), origins)
+        # A key, or the wish that nobody needs one, lets other hosts' names in.
+        is_private = not keys.are_needed and not config.http_anonymous
+        rules = EdgeRules(keys, OPEN_PATHS, config.http_max_body_bytes, is_private)
+        self._settings = AppSettings(rules, origins)
         self._listener = HttpListener(config.http_listen)
 
     @property
-    def url(self) -> str | None:
-        """Where clients find the API; None when there is none."""
-        return None if self._listener is None else f"http://{self._listener.address}"
+    def url(self) -> str:
+        """Where clients find the API, without `/v1`."""
+        return f"http://{self._listener.address}"
 
     @asynccontextmanager
     async def serving(self, parts: NodeParts, further: Sequence[APIRouter] = ()) -> AsyncIterator[None]:
@@ -59,9 +60,6 @@ class HttpGate:
             parts: the node that answers.
             further: see `build_app`.
         """
-        if self._listener is None:
-            yield
-            return
         server = self._listener.serve(build_app(parts, self._settings, further))
         logger.info("The OpenAI-compatible API is at %s/v1.", self.url)
         try:
@@ -71,5 +69,4 @@ class HttpGate:
 
     def close(self) -> None:
         """Gives the address back; idempotent."""
-        if self._listener is not None:
-            self._listener.close()
+        self._listener.close()

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
 from collections.abc import Iterator
 from typing import Final
@@ -29,15 +28,8 @@ class HttpListener:
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
-        host = host.strip("[]")
         try:
-            found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, kind, protocol, _, where = found[0]
-            self._socket = socket.socket(family, kind, protocol)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._socket.bind(where)
-            # Not later: a second process could bind the same address until somebody listens there.
-            self._socket.listen(_BACKLOG)
+            self._socket = _bound(host.strip("[]"), int(port))
         except OSError as error:
             raise AlreadyRunning(
                 f"The HTTP API cannot listen on {address} ({error.strerror}); another process may hold it. "
@@ -93,12 +85,16 @@ class _QuietServer(uvicorn.Server):
         yield
 
 
-def is_loopback(host: str) -> bool:
-    """True when nobody else can reach this host's name."""
-    host = host.strip("[]")
-    if host == "localhost":
-        return True
+def _bound(host: str, port: int) -> socket.socket:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, where = found[0]
+    listener = socket.socket(family, kind, protocol)
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        # Not later: a second process could bind the same address until somebody listens there.
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -13,7 +13,7 @@ def _text_of(content: object) -> object:
     """A text, or the texts of a list of parts, one after the other."""
     if not isinstance(content, list):
         return content
-    texts: list[str] = Field(default_factory=list)
+    texts: list[str] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":

@@ -68,10 +68,12 @@ def test_what_was_asked_for_is_taken() -> None:
         (EngineChoice.CONTINUOUS, EngineKind.CONTINUOUS),
         (EngineChoice.INTERLEAVED, EngineKind.INTERLEAVED),
     ):
-        engine, reason = start(model, choice)
+        steps = StepLog()
+        engine, reason = start(model, choice, steps)
         engine.stop()
         assert engine.kind is kind
         assert "asked" in reason
+        assert steps.phases, "a token was computed before anybody asked"
 
 
 def test_continuous_batching_that_was_asked_for_but_cannot_be_is_refused() -> None:

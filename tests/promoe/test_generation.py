@@ -35,6 +35,9 @@ OPTIONS = st.fixed_dictionaries(
         "stop_token_ids": TOKEN_IDS.filter(bool),
         "top_logprobs": st.integers(0, 20),
         "ignore_eos": st.booleans(),
+        "presence_penalty": st.floats(),
+        "frequency_penalty": st.floats(),
+        "logit_bias": st.dictionaries(st.integers(0, (1 << 32) - 1), st.floats(-100, 100), min_size=1, max_size=4),
     },
 )
 
@@ -48,7 +51,8 @@ def test_options_arrive_as_they_were_given_and_no_others(options: GenerateOption
     for name, value in options.items():
         arrived = getattr(sampling, name)
         # NaN is no number to compare, and refusing it is the server's part.
-        assert (list(arrived) if isinstance(value, list) else arrived) == value or value != value
+        plain = type(value)(arrived) if isinstance(value, list | dict) else arrived
+        assert plain == value or value != value
 
 
 @given(st.lists(st.tuples(TEXT, TOKEN_IDS), max_size=10))

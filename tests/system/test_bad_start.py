@@ -176,3 +176,18 @@ def test_a_signal_while_starting_ends_the_node_at_once(tiny_pack: Path, socket_d
             node.process.send_signal(number)
             assert node.process.wait(20) == 0
             assert "Traceback" not in node.log.read_text()
+
+
+def test_a_taken_http_port_is_found_before_the_model_is_loaded(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        status, sentence = start(f"compute.http_listen={address}")
+    assert status == 1
+    assert sentence.startswith(f"compute_node: The HTTP API cannot listen on {address} (Address already in use)")
+
+
+def test_others_cannot_use_the_http_api_by_mistake(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PROMOE_API_KEYS", raising=False)
+    status, sentence = start("compute.http_listen=0.0.0.0:0")
+    assert status == 2
+    assert "compute.http_listen is '0.0.0.0:0', which others can reach: give keys with" in sentence

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 import psutil
 import pytest
 import torch
@@ -27,7 +28,7 @@ from tests.packs import flip_bit
 
 DEADLINE_S = 120.0
 PROMOE = (sys.executable, "-c", "from promoe.cli.app import main; main()")
-FEW_RESOURCES = ("--set", "compute.num_threads=1", "--max-context", "256", "--device", "cpu")
+FEW_RESOURCES = ("--set", "compute.num_threads=1", "--max-context", "256", "--device", "cpu", "--http", "127.0.0.1:0")
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,16 @@ def wait_until_gone(processes: list[psutil.Process]) -> None:
 def pack_of(home: Home) -> Path:
     (manifest,) = (home.path / "cache" / "packs").glob("tiny-native-*/manifest.json")
     return manifest.parent
+
+
+@pytest.mark.slow
+def test_the_http_api_is_said_and_answers(shared: Up) -> None:
+    shared.wait_for("OpenAI-compatible API: ")
+    found = re.search(r"OpenAI-compatible API: (http://127\.0\.0\.1:\d+/v1)", shared.lines())
+    assert found is not None
+    assert shared.home.status()["stack"]["http_url"] == found.group(1)
+    (model,) = httpx2.get(f"{found.group(1)}/models", timeout=DEADLINE_S).json()["data"]
+    assert model["id"] == "tiny"
 
 
 @pytest.mark.slow
