@@ -19,7 +19,7 @@ GENERATED := .cache/generated
 BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-split bench-upgrade bench-trace bench-device bench-pack bench-store
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-upgrade test check style types schema architecture bench $(BENCHES) proto interpreted clean
+.PHONY: help setup demo demo-upgrade test test-ui check style types schema architecture bench $(BENCHES) proto interpreted clean
 
 help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -60,6 +60,9 @@ demo-upgrade: $(READY) ## Changes predictors under a load of 8 streams and draws
 # One thread each: the models are tiny, and several processes share the cores.
 test: $(READY) ## Runs every test that this machine can run.
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+test-ui: $(READY) ## Runs the tests of the page in a headless Chromium (Debian: chromium).
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/ui
 
 check: style types schema architecture ## Format, lint, types, schema, fresh stubs, architecture.
 

@@ -45,7 +45,6 @@ def build_app(parts: NodeParts, settings: AppSettings, further: Sequence[APIRout
     app = FastAPI(title="promoe", docs_url=None, redoc_url=None)
     install_error_pages(app)
     page = read_page()
-    rules = settings.rules
     origin = PageOrigin(settings.cors_origins)
     for router in (
         page_router(page),

@@ -134,9 +134,7 @@ def _quality_stream(endpoint: str) -> Response:
     return EventStream(events(), gone.set)
 
 
-async def _next_report(
-    reports: AsyncGenerator[QualityReport], leaving: "asyncio.Task[bool]"
-) -> QualityReport | None:
+async def _next_report(reports: AsyncGenerator[QualityReport], leaving: "asyncio.Task[bool]") -> QualityReport | None:
     """None when the client goes first, or when there are no more."""
     report = asyncio.ensure_future(anext(reports, None))
     await asyncio.wait((report, leaving), return_when=asyncio.FIRST_COMPLETED)

@@ -4,17 +4,28 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Error, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Error,
+    Page,
+    Playwright,
+    ViewportSize,
+    expect,
+    sync_playwright,
+)
 
 from tests.running_predictor import RunningPredictor
 from tests.running_store import wait_until
 from tests.system.tiny_stack import TinyStack, pack_tiny_model, running_stack
 
-DEADLINE_MS = 30_000
-LAPTOP = {"width": 1280, "height": 800}
-PHONE = {"width": 390, "height": 844}
+DEADLINE_MS: Final = 30_000
+LAPTOP: Final = ViewportSize(width=1280, height=800)
+PHONE: Final = ViewportSize(width=390, height=844)
 
 
 @dataclass
@@ -73,9 +84,7 @@ class PageStack:
 
 
 @pytest.fixture(scope="session")
-def behind(
-    browser: Browser, tmp_path_factory: pytest.TempPathFactory, session_socket_dir: Path
-) -> Iterator[PageStack]:
+def behind(browser: Browser, tmp_path_factory: pytest.TempPathFactory, session_socket_dir: Path) -> Iterator[PageStack]:
     """The three processes, the node with its HTTP API; the browser is there first, or nothing is started."""
     folder = session_socket_dir
     pack_dir = pack_tiny_model(tmp_path_factory.mktemp("paged"))
@@ -92,7 +101,7 @@ def behind(
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
     """A browser that remembers nothing; nothing moves, as some people want it."""
-    with browser.new_context(viewport=LAPTOP, reduced_motion="reduce") as context:  # type: ignore[arg-type]
+    with browser.new_context(viewport=LAPTOP, reduced_motion="reduce") as context:
         yield context
 
 

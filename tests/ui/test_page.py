@@ -1,4 +1,4 @@
-"""The page in a real browser, before the three real processes: a chat, a swap, a cancelled request, a dead predictor."""
+"""The page in a real browser, before real processes: a chat, a swap, a cancelled request, a dead predictor."""
 
 import re
 
@@ -86,7 +86,7 @@ def test_the_colours_can_be_chosen_and_are_kept(page: Page) -> None:
 
 
 def test_a_phone_shows_one_view_at_a_time(page: Page) -> None:
-    page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    page.set_viewport_size(PHONE)
     message = page.get_by_label("Message", exact=True)
     expect(message).to_be_visible()
     expect(page.locator("#map")).to_be_hidden()

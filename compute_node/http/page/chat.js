@@ -180,7 +180,7 @@ export class Chat {
   #showState() {
     byId("send").hidden = this.isAnswering;
     byId("stop").hidden = !this.isAnswering;
-    this.list.setAttribute("aria-busy", String(this.isAnswering));
+    byId("log").setAttribute("aria-busy", String(this.isAnswering));
     if (this.isAnswering) announce("The model answers.");
   }
 
