@@ -21,7 +21,7 @@ RELEASED := proto/released
 BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-drift bench-split bench-upgrade bench-trace bench-device bench-pack bench-store
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-upgrade test test-compose check style types schema architecture bench $(BENCHES) proto release-schema interpreted clean
+.PHONY: help setup demo demo-upgrade test test-compose test-ui check style types schema architecture bench $(BENCHES) proto release-schema interpreted clean
 
 help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -67,6 +67,9 @@ test: $(READY) ## Runs every test that this machine can run.
 # itself).
 test-compose: $(READY) ## Builds the images and tries the stack in containers: minutes.
 	PROMOE_TEST_COMPOSE=1 $(BIN)/python -m pytest tests/compose tests/deploy
+
+test-ui: $(READY) ## Runs the tests of the page in a headless Chromium (Debian: chromium).
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/ui
 
 check: style types schema architecture ## Format, lint, types, schema, fresh stubs, architecture.
 

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         asked = read()
-        configure_logging("compute_node", asked.log.level)
+        configure_logging("compute_node", asked.log.level, asked.log.format)
         # Transformers' batching tells of its own comings and goings, in its own format, at the root's level.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
     except ValueError as error:

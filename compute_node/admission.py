@@ -19,6 +19,7 @@ from compute_node.engine import (
     EngineRequest,
     RequestEnded,
     RequestFailed,
+    TokenDrawn,
 )
 from compute_node.request_metrics import Outcome, RequestMetrics
 from compute_node.step_ledger import RequestUse
@@ -55,6 +56,25 @@ class _Place(Enum):
     GONE = "gone"
 
 
+@dataclass(frozen=True)
+class OpenRequest:
+    """One accepted request that has not ended, as far as others may know of it.
+
+    Attributes:
+        request_id: the engine's.
+        is_running: the engine works on it; else it waits.
+        num_prompt_tokens, num_output_tokens, max_output_tokens: what it has, and what it may get.
+        age_s: since it was accepted.
+    """
+
+    request_id: str
+    is_running: bool
+    num_prompt_tokens: int
+    num_output_tokens: int
+    max_output_tokens: int
+    age_s: float
+
+
 class AdmittedRequest:
     """An accepted request; iterate over it for the engine's events, the last of which ends the iteration."""
 
@@ -64,6 +84,7 @@ class AdmittedRequest:
         self._admission = admission
         self._events: asyncio.Queue[EngineEvent] = asyncio.Queue()
         self._place = _Place.QUEUED
+        self._num_drawn = 0
         self._deadline_s = asyncio.get_running_loop().time() + admission.limits.request_deadline_s
 
     def cancel(self) -> None:
@@ -104,7 +125,19 @@ class AdmittedRequest:
 
     def deliver(self, event: EngineEvent) -> None:
         """One event, on the event loop."""
+        self._num_drawn += isinstance(event, TokenDrawn)
         self._events.put_nowait(event)
+
+    def described(self) -> OpenRequest:
+        """As it is now."""
+        return OpenRequest(
+            request_id=self.request.request_id,
+            is_running=self._place is _Place.RUNNING,
+            num_prompt_tokens=len(self.request.prompt_ids),
+            num_output_tokens=self._num_drawn,
+            max_output_tokens=self.request.max_tokens,
+            age_s=perf_counter() - self.arrived_s,
+        )
 
 
 class Admission:
@@ -141,6 +174,18 @@ class Admission:
     def refusal(self) -> str | None:
         """Why nobody is let in any more; None while requests are."""
         return self._refusal
+
+    def open_requests(self) -> tuple[OpenRequest, ...]:
+        """All that have not ended: those that run, then those that wait, in the order of their turns."""
+        return tuple(admitted.described() for admitted in (*self._running.values(), *self._queue))
+
+    def cancel_id(self, request_id: str) -> bool:
+        """Ends an open request within one step, whoever asked for it; False when there is none of this id."""
+        for admitted in (*self._running.values(), *self._queue):
+            if admitted.request.request_id == request_id:
+                self.cancel(admitted)
+                return True
+        return False
 
     def admit(self, request: EngineRequest) -> AdmittedRequest:
         """Lets a request in, to run now or to wait.

@@ -232,6 +232,7 @@ class Answer:
         finally:
             self.cancel()
             self._metrics.count_request(outcome)
+            self._log(outcome)
 
     async def _follow(self) -> AsyncIterator[AnswerEvent]:
         stop_string: str | None = None
@@ -255,6 +256,18 @@ class Answer:
                 if rest.text:
                     yield Delta(rest.text, None)
                 yield self._finish(event, rest.stop_string)
+
+    def _log(self, outcome: Outcome) -> None:
+        """Which tokens they were is nobody's business."""
+        fields: dict[str, object] = {
+            "answer_id": self.request.request_id,
+            "outcome": outcome.value,
+            "prompt_tokens": len(self.request.prompt_ids),
+            "output_tokens": self._clock.num_tokens,
+            "elapsed_s": perf_counter() - self._admitted.arrived_s,
+        }
+        message = "Answer %s %s: %d prompt tokens, %d output tokens, %.3f s"
+        logger.info(message, *fields.values(), extra={"fields": fields})
 
     def _finish(self, ended: RequestEnded, stop_string: str | None) -> Finish:
         usage = self._clock.usage(len(self.request.prompt_ids), ended.use)
@@ -294,6 +307,11 @@ class _AnswerClock:
         self._last_s = at_s
         self._num_tokens += 1
         self._metrics.count_tokens(TokenKind.OUTPUT, 1)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many there were."""
+        return self._num_tokens
 
     def usage(self, num_prompt_tokens: int, experts: RequestUse) -> Usage:
         """What it all took."""

@@ -29,10 +29,10 @@ from compute_node.expert_path import ExpertPath
 from compute_node.hint_inbox import HintInbox
 from compute_node.hint_metrics import HintCollector
 from compute_node.http.answer_wire import ServedModel
-from compute_node.http.node_parts import NodeParts
+from compute_node.http.node_parts import NodeParts, NodeWatch
 from compute_node.memory_plan import MemoryNeeds, MemoryPlan, plan_memory
 from compute_node.model_loader import LoadedModel, load_model
-from compute_node.node_report import NodeIdentity
+from compute_node.node_report import NodeIdentity, NodeReport
 from compute_node.prompt import PromptCodec, PromptLimits
 from compute_node.request_metrics import RequestMetrics
 from compute_node.schedule import SchedulePolicy
@@ -140,7 +140,8 @@ class ComputeNode:
         self._publish_metrics(report)
         device = _device_report(chosen, path, config.link_bytes_per_s)
         identity = NodeIdentity(store.instance_id, self.spec, engine.kind, engine_reason, device)
-        parts = self._open_parts(engine, loaded, tokenizer, plan.max_context_tokens, metrics)
+        node_report = NodeReport(identity, report)
+        parts = self._open_parts(engine, loaded, tokenizer, node_report, metrics, plan.max_context_tokens)
         self.parts, self._admission = parts, parts.admission
         return InferenceService(parts.answerer, parts.codec, parts.admission, identity, report, watch.traces)
 
@@ -181,8 +182,9 @@ class ComputeNode:
         engine: Engine,
         loaded: LoadedModel,
         tokenizer: PreTrainedTokenizerBase,
-        max_context_tokens: int,
+        report: NodeReport,
         metrics: RequestMetrics,
+        max_context_tokens: int,
     ) -> NodeParts:
         config, spec = self._config, self.spec
         limits = AdmissionLimits(config.max_concurrent_requests, config.max_queued_requests, config.request_deadline_s)
@@ -191,7 +193,8 @@ class ComputeNode:
         eos_token_ids = _eos_token_ids(loaded, tokenizer)
         grammars = GrammarCompiler(tokenizer, spec.vocab_size, eos_token_ids)
         answerer = Answerer(admission, codec, eos_token_ids, metrics, grammars)
-        return NodeParts(ServedModel.of(spec, max_context_tokens), answerer, codec, admission, self._registry)
+        model = ServedModel.of(spec, max_context_tokens)
+        return NodeParts(model, answerer, codec, admission, self._registry, NodeWatch(report, metrics.token_times))
 
     def _watch_steps(self, path: ExpertPath, chosen: ChosenDevice, hints: HintInbox) -> StepWatch:
         endpoint, trial_s = self._config.predictor_endpoint, self._config.predictor_trial_s

@@ -45,3 +45,11 @@ class CacheReporter(Protocol):
 
     def cache_map(self) -> CacheMap:
         """What every expert is doing now."""
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """Whom to ask about a node: what stays, and what changes."""
+
+    identity: NodeIdentity
+    reporter: CacheReporter

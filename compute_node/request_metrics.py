@@ -1,5 +1,6 @@
 """What is measured about requests and steps, as Prometheus metrics; names by the glossary."""
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
@@ -26,6 +27,21 @@ class TokenKind(Enum):
     OUTPUT = "output"
 
 
+@dataclass
+class TokenTimes:
+    """Sums since the start, for live figures: a mean of the last seconds is the quotient of two differences.
+
+    Attributes:
+        num_first, ttft_s: requests that got their first token, and how long they waited for it, added up.
+        num_next, next_s: further tokens, and the gaps before them, added up.
+    """
+
+    num_first: int = 0
+    ttft_s: float = 0.0
+    num_next: int = 0
+    next_s: float = 0.0
+
+
 _LONG_BUCKETS_S: Final = (*telemetry.LATENCY_BUCKETS_S, 120.0, 300.0)
 
 
@@ -34,12 +50,16 @@ class RequestMetrics:
 
     Args:
         registry: where they are registered; a second object on the same registry is an error.
+
+    Attributes:
+        token_times: sums of what the histograms are told.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def histogram(name: str, text: str, labels: tuple[str, ...] = ()) -> Histogram:
             return Histogram(name, text, labels, registry=registry, buckets=_LONG_BUCKETS_S)
 
+        self.token_times = TokenTimes()
         self._ttft_s = histogram(telemetry.TTFT_SECONDS, "Arrival of a request to its first token")
         self._itl_s = histogram(telemetry.ITL_SECONDS, "Gap between two tokens of a request")
         self._tpot_s = histogram(telemetry.TPOT_SECONDS, "(End-to-end - TTFT) / (output tokens - 1) of a request")
@@ -70,10 +90,14 @@ class RequestMetrics:
     def observe_first_token(self, ttft_s: float) -> None:
         """At the first token of a request."""
         self._ttft_s.observe(ttft_s)
+        self.token_times.num_first += 1
+        self.token_times.ttft_s += ttft_s
 
     def observe_next_token(self, itl_s: float) -> None:
         """At every further token of a request."""
         self._itl_s.observe(itl_s)
+        self.token_times.num_next += 1
+        self.token_times.next_s += itl_s
 
     def observe_tpot(self, tpot_s: float) -> None:
         """At the end of a request with at least two tokens."""

@@ -100,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = settings.section("store", StoreConfig)
         if config.arena_kind not in ARENA_KINDS:
             raise ValueError(f"store.arena_kind is {config.arena_kind!r}; allowed: {', '.join(ARENA_KINDS)}")
-        configure_logging("expert_store", settings.section("log", LogConfig).level)
+        log = settings.section("log", LogConfig)
+        configure_logging("expert_store", log.level, log.format)
     except ValueError as error:
         sys.stderr.write(f"expert_store: {error}\n")
         return 2

@@ -156,7 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings(options.config, options.set)
         config = settings.section("predictor", PredictorConfig)
         learner = settings.section("learner", LearnerConfig)
-        configure_logging("predictor_service", settings.section("log", LogConfig).level)
+        log = settings.section("log", LogConfig)
+        configure_logging("predictor_service", log.level, log.format)
     except ValueError as error:
         sys.stderr.write(f"predictor_service: {error}\n")
         return 2

@@ -59,6 +59,13 @@ def module_socket_dir() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def session_socket_dir() -> Iterator[Path]:
+    """The same for what all of a folder's tests share."""
+    with tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
     """The demo model's Hugging Face checkpoint."""
     from expert_store.demo_model.build import build_demo_model

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from promoe.errors import (
     DeadlineExceeded,
     InvalidInput,
+    ModelMismatch,
     ModelNotFound,
     Overloaded,
     PromoeError,
@@ -25,6 +26,7 @@ _SERVER: Final = "server_error"
 _STATUS_OF_ERROR: Final[tuple[tuple[type[PromoeError], int, str], ...]] = (
     (InvalidInput, 400, _INVALID),
     (ModelNotFound, 404, _INVALID),
+    (ModelMismatch, 409, _INVALID),
     (Overloaded, 429, "rate_limit_error"),
     (Unavailable, 503, _SERVER),
     (ResourceExhausted, 503, _SERVER),

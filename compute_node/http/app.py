@@ -1,7 +1,7 @@
 """The HTTP API of one node: routers over the parts that gRPC uses, behind one edge."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -11,8 +11,12 @@ from compute_node.http.api_error import install_error_pages
 from compute_node.http.completion_routes import completion_router
 from compute_node.http.edge import REQUEST_ID_HEADER, Edge, EdgeRules
 from compute_node.http.health_routes import health_router
+from compute_node.http.live_routes import live_router
 from compute_node.http.model_routes import model_router
 from compute_node.http.node_parts import NodeParts
+from compute_node.http.page_origin import PageOrigin
+from compute_node.http.page_routes import page_paths, page_router, read_page
+from compute_node.http.predictor_routes import predictor_router
 from compute_node.http.token_routes import token_router
 
 
@@ -40,7 +44,12 @@ def build_app(parts: NodeParts, settings: AppSettings, further: Sequence[APIRout
     # No interactive pages: they load their scripts from elsewhere.
     app = FastAPI(title="promoe", docs_url=None, redoc_url=None)
     install_error_pages(app)
+    page = read_page()
+    origin = PageOrigin(settings.cors_origins)
     for router in (
+        page_router(page),
+        live_router(parts, origin),
+        predictor_router(parts, origin),
         completion_router(parts),
         model_router(parts),
         token_router(parts),
@@ -57,4 +66,5 @@ def build_app(parts: NodeParts, settings: AppSettings, further: Sequence[APIRout
             allow_headers=("*",),
             expose_headers=(REQUEST_ID_HEADER, "retry-after"),
         )
-    return Edge(inner, settings.rules)
+    open_paths = settings.rules.open_paths | page_paths(page)
+    return Edge(inner, replace(settings.rules, open_paths=open_paths))

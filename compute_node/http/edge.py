@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from compute_node.http.api_error import ApiError, api_error_response
 from compute_node.http.api_keys import ApiKeys
 from compute_node.http.loopback import is_loopback
+from promoe.log_format import REQUEST_ID
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Edge:
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         scope.setdefault("state", {})["request_id"] = request_id
+        REQUEST_ID.set(request_id)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -85,7 +87,9 @@ class Edge:
             await api_error_response(error)(scope, receive, send_with_id)
         finally:
             elapsed_s = perf_counter() - began_s
-            logger.info("%s %s: %d after %.3f s (%s)", scope["method"], scope["path"], status, elapsed_s, request_id)
+            fields = {"method": scope["method"], "path": scope["path"], "status": status, "elapsed_s": elapsed_s}
+            message = "%s %s: %d after %.3f s (%s)"
+            logger.info(message, *fields.values(), request_id, extra={"fields": fields})
 
     def _check_host(self, headers: Headers) -> None:
         name = headers.get("host", "localhost")

@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings(options.config, options.set)
         predictor = settings.section("predictor", PredictorConfig)
         learner = settings.section("learner", LearnerConfig)
-        configure_logging("predictor_learner", settings.section("log", LogConfig).level)
+        log = settings.section("log", LogConfig)
+        configure_logging("predictor_learner", log.level, log.format)
         feed = PacketChannel(socket.socket(fileno=options.feed_fd))
         control = ControlLines(socket.socket(fileno=options.control_fd))
     except (ValueError, OSError) as error:

@@ -23,6 +23,7 @@ from predictor_service.registry import Registry
 from predictor_service.shadow.feed_client import Listener
 from promoe.config import SettingUnfit
 from promoe.errors import PromoeError, Unavailable
+from promoe.log_format import LogFormat
 from promoe.pack_manifest import PackManifest
 from promoe.packet_channel import PacketChannel
 from promoe.telemetry import configure_logging
@@ -66,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", default="", help="the candidate; without one the service's own hints are scored")
     parser.add_argument("--packets-fd", type=int, required=True)
     parser.add_argument("--reports-fd", type=int, required=True)
+    parser.add_argument("--log-format", default=LogFormat.TEXT.value)
     options = parser.parse_args(arguments)
-    configure_logging("predictor_service.shadow", "info")
+    configure_logging("predictor_service.shadow", "info", LogFormat(options.log_format))
     # The service says when it ends; a person's Ctrl-C is told to it, too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(_NICENESS)

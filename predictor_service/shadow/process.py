@@ -15,6 +15,7 @@ from typing import Final
 from predictor_service.feed import Feed
 from predictor_service.shadow.tally import ScoreReport
 from promoe.errors import DeadlineExceeded, InternalError, ResourceExhausted
+from promoe.log_format import log_format_in_use
 from promoe.packet_channel import PacketChannel
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ def _launch(source: ShadowSource, version: str, packets_fd: int, reports_fd: int
     if source.registry is not None:
         command += ["--registry", os.fspath(source.registry)]
     command += ["--version", version, "--packets-fd", str(packets_fd), "--reports-fd", str(reports_fd)]
+    command += ["--log-format", log_format_in_use().value]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(packets_fd, reports_fd))
 
 

@@ -14,6 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Final, TypeVar
 
+from promoe.log_format import LogFormat
+
 SECTIONS: Final = ("store", "compute", "predictor", "learner", "log")
 
 _T = TypeVar("_T")
@@ -32,9 +34,11 @@ class LogConfig:
 
     Attributes:
         level: `debug`, `info`, `warning` or `error`.
+        format: `text` for people, or `json`: an object a line, with the id of the request it is about.
     """
 
     level: str = "info"
+    format: LogFormat = LogFormat.TEXT
 
     def __post_init__(self) -> None:
         if self.level not in ("debug", "info", "warning", "error"):

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from promoe.config import SettingUnfit
 from promoe.errors import AlreadyRunning
+from promoe.log_format import LogFormat, formatter_for
 
 # Prometheus metric names, by the glossary. Counters get `_total` from the client library.
 HITS: Final = "promoe_expert_hits"
@@ -57,10 +58,11 @@ LATENCY_BUCKETS_S: Final = (
 )  # fmt: skip
 
 
-def configure_logging(process: str, level: str) -> None:
-    """Logs lines of `time level process logger: message` to standard error. Never logs prompts or answers."""
+def configure_logging(process: str, level: str, log_format: LogFormat = LogFormat.TEXT) -> None:
+    """Logs to standard error: lines of `time level process logger: message`, or JSON objects. Never logs prompts or
+    answers."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {process} %(name)s: %(message)s"))
+    handler.setFormatter(formatter_for(log_format, process))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -28,9 +28,9 @@ from compute_node.engine import (
 )
 from compute_node.expert_cache import CacheSnapshot
 from compute_node.http.answer_wire import ServedModel
-from compute_node.http.node_parts import NodeParts
+from compute_node.http.node_parts import NodeParts, NodeWatch
 from compute_node.interleaved_engine import InterleavedEngine
-from compute_node.node_report import NodeIdentity
+from compute_node.node_report import NodeIdentity, NodeReport
 from compute_node.prompt import PromptCodec, PromptLimits
 from compute_node.request_metrics import RequestMetrics
 from compute_node.sampling import SampledToken, Sampling
@@ -355,7 +355,9 @@ async def serving(
     await server.start()
     await server.set_serving(True)
     async with grpc.aio.insecure_channel(endpoint) as channel:
-        parts = NodeParts(ServedModel.of(SPEC, codec.limits.max_context_tokens), answerer, codec, admission, registry)
+        watch = NodeWatch(NodeReport(identity, FixedReport()), metrics.token_times)
+        model = ServedModel.of(SPEC, codec.limits.max_context_tokens)
+        parts = NodeParts(model, answerer, codec, admission, registry, watch)
         yield Serving(inference_pb2_grpc.InferenceStub(channel), endpoint, admission, registry, traces, parts)
     await admission.drain(EVENT_DEADLINE_S)
     await server.stop(grace_s=0)
