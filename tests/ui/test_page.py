@@ -85,6 +85,19 @@ def test_the_colours_can_be_chosen_and_are_kept(page: Page) -> None:
     expect(button).to_have_accessible_name("Colours: light")
 
 
+def test_what_a_model_writes_never_becomes_markup(page: Page) -> None:
+    text = "# Title\n\n- **bold** and `code`\n1. <img src=x onerror=alert(1)>\n\n```\n<script>alert(1)</script>\n```"
+    kept = [{"role": "assistant", "content": text, "stats": ["1 token"]}]
+    page.evaluate("kept => sessionStorage.setItem('promoe.chat', JSON.stringify(kept))", kept)
+    page.reload()
+    answer = page.locator(".message[data-role=assistant] .text")
+    expect(answer.locator("h3")).to_have_text("Title")
+    expect(answer.locator("ul strong")).to_have_text("bold")
+    expect(answer.locator("ol li")).to_have_text("<img src=x onerror=alert(1)>")
+    expect(answer.locator("pre")).to_have_text("<script>alert(1)</script>")
+    expect(answer.locator("img, script")).to_have_count(0)
+
+
 def test_a_phone_shows_one_view_at_a_time(page: Page) -> None:
     page.set_viewport_size(PHONE)
     message = page.get_by_label("Message", exact=True)

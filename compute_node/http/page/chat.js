@@ -22,6 +22,7 @@ export class Chat {
     this.abort = null;
     this.list = byId("messages");
     this.scroll = byId("scroll");
+    this.isAtEnd = true;
     this.prompt = byId("prompt");
     this.#listen();
     this.#restore();
@@ -62,8 +63,15 @@ export class Chat {
     });
     this.prompt.addEventListener("input", () => this.#fit());
     document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && this.isAnswering && !document.querySelector("dialog[open]")) this.stop();
+      if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+      if (byId("options").open) byId("options").open = false;
+      else this.stop();
     });
+    this.scroll.addEventListener("scroll", () => {
+      const below = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight;
+      this.isAtEnd = below < NEAR_THE_END_PX;
+    });
+    for (const resized of [this.scroll, this.list]) new ResizeObserver(() => this.#scrollAlong()).observe(resized);
     byId("stop").addEventListener("click", () => this.stop());
     byId("new-chat").addEventListener("click", () => this.clear());
     for (const example of EXAMPLES) {
@@ -108,7 +116,8 @@ export class Chat {
     const view = new MessageView(message);
     this.list.append(view.element);
     this.#keep();
-    this.scroll.scrollTop = this.scroll.scrollHeight;
+    this.isAtEnd = true;
+    this.#scrollAlong();
     return view;
   }
 
@@ -141,7 +150,6 @@ export class Chat {
     this.abort = null;
     message.stats = clock.stats();
     view.finish();
-    this.#scrollAlong();
     this.#keep();
     this.#showState();
     announce(message.trouble ?? `The answer has ended: ${message.stats.join(", ")}.`);
@@ -159,7 +167,6 @@ export class Chat {
       if (text) {
         message.content += text;
         view.grow();
-        this.#scrollAlong();
       }
     }
     clock.ending ??= "cancelled";
@@ -185,8 +192,7 @@ export class Chat {
   }
 
   #scrollAlong() {
-    const below = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight;
-    if (below < NEAR_THE_END_PX + 40) this.scroll.scrollTop = this.scroll.scrollHeight;
+    if (this.isAtEnd) this.scroll.scrollTop = this.scroll.scrollHeight;
   }
 }
 

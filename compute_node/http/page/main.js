@@ -58,10 +58,12 @@ function showState(state, trouble) {
 
 function askForKey(note) {
   setText(byId("key-note"), `${note} It is kept in this tab until that is closed, and sent to this node only.`);
+  byId("key-button").hidden = false;
   byId("key").value = key.get();
   if (!byId("key-dialog").open) byId("key-dialog").showModal();
 }
 
+byId("key-button").hidden = key.get() === "";
 byId("key-button").addEventListener("click", () => askForKey("Needed where the node was started with keys."));
 byId("key-cancel").addEventListener("click", () => byId("key-dialog").close());
 byId("key-form").addEventListener("submit", (event) => {
