@@ -16,7 +16,7 @@ SOURCES := $(wildcard proto/promoe compute_node expert_store predictor_service d
 COMPILED := $(shell cat compute_node/compiled_modules.txt)
 PROTOS := $(wildcard proto/promoe/v1/*.proto)
 GENERATED := .cache/generated
-BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-split bench-upgrade bench-trace bench-device bench-pack bench-store
+BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-split bench-upgrade bench-trace bench-device bench-page bench-pack bench-store
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-upgrade test test-ui check style types schema architecture bench $(BENCHES) proto interpreted clean
