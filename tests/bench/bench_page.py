@@ -2,21 +2,24 @@
 
 One node of the demo model, one stream at a time; the rounds with and without listeners take turns within seconds. A
 listener is a client that reads the live stream, as the page does; what a browser does with it is its own machine's
-work.
+work. Beside it, what the node says of its looks: how long each held the event loop, whatever else it waited for.
 Goal: less than 1 % of TPOT with one page.
 """
 
 import argparse
+import json
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Final
 
 import httpx2
 
+from compute_node.http.live_feed import INTERVAL_S
 from promoe import Client
 from tests.bench.demo_model import PROMPTS, chat, demo_pack
 from tests.bench.report import Sample, median_ratio, out_argument, write_report
@@ -27,24 +30,32 @@ GOAL: Final = 1.01
 _READ_TIMEOUT_S: Final = 30.0
 
 
+@dataclass(frozen=True)
+class Look:
+    """One event of the stream: its size, and how long the look before it held the event loop."""
+
+    nbytes: int
+    look_s: float
+
+
 @contextmanager
-def listener(url: str) -> Iterator[list[float]]:
-    """Reads the live stream in a thread; gives the sizes of its looks in bytes."""
-    sizes: list[float] = []
+def listener(url: str) -> Iterator[list[Look]]:
+    """Reads the live stream in a thread; gives its looks."""
+    looks: list[Look] = []
     leaving = threading.Event()
 
     def read() -> None:
         with httpx2.stream("GET", f"{url}/api/live", timeout=_READ_TIMEOUT_S) as response:
             for line in response.iter_lines():
                 if line:
-                    sizes.append(len(line))
+                    looks.append(Look(len(line), float(json.loads(line.removeprefix("data: "))["look_s"])))
                 if leaving.is_set():
                     return
 
     thread = threading.Thread(target=read)
     thread.start()
     try:
-        yield sizes
+        yield looks
     finally:
         leaving.set()
         thread.join()
@@ -62,7 +73,7 @@ def measure(rounds: int, num_tokens: int, num_pages: int) -> dict[str, object]:
     pack_dir = demo_pack()
     quiet: list[float] = []
     watched: list[float] = []
-    sizes: list[float] = []
+    looks: list[Look] = []
     with (
         tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder,
         RunningStore(pack_dir, Path(folder)) as store,
@@ -79,14 +90,17 @@ def measure(rounds: int, num_tokens: int, num_pages: int) -> dict[str, object]:
                 with ExitStack() as pages:
                     heard = [pages.enter_context(listener(url)) for _ in range(num_pages if is_watched else 0)]
                     (watched if is_watched else quiet).append(tpot_s(client, prompt, num_tokens))
-                sizes += [size for page in heard for size in page]
+                looks += [look for page in heard for look in page[1:]]
+    look_s = Sample(tuple(look.look_s for look in looks)).median
     return {
         "num_pages": num_pages,
         "num_tokens": num_tokens,
         "tpot_s": {"quiet": Sample(tuple(quiet)).as_dict(), "watched": Sample(tuple(watched)).as_dict()},
         "ratio": median_ratio(watched, quiet),
         "goal": GOAL,
-        "look_nbytes": Sample(tuple(sizes)).median,
+        "look_nbytes": Sample(tuple(look.nbytes for look in looks)).median,
+        "look_s": look_s,
+        "share_of_the_event_loop": look_s / INTERVAL_S,
     }
 
 
@@ -100,6 +114,10 @@ def main() -> None:
     options = parser.parse_args()
     measured = measure(options.rounds, options.tokens, options.pages)
     print(f"TPOT with {options.pages} page(s): {measured['ratio']:.4f} times that without (goal {GOAL}).")
+    print(
+        f"A look holds the event loop for {1e3 * float(str(measured['look_s'])):.2f} ms, "
+        f"{100 * float(str(measured['share_of_the_event_loop'])):.2f} % of its time."
+    )
     print(f"Written: {write_report('page', measured, options.out)}")
 
 
