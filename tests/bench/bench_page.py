@@ -82,7 +82,7 @@ def measure(rounds: int, num_tokens: int, num_pages: int) -> dict[str, object]:
         ) as node,
         node.client() as client,
     ):
-        url = node.log.read_text().partition("API is at ")[2].partition("/v1")[0]
+        url = node.http_url()
         tpot_s(client, PROMPTS[0], num_tokens)
         for number in range(rounds):
             prompt = PROMPTS[number % len(PROMPTS)]

@@ -55,7 +55,7 @@ def test_every_task_that_serves_a_request_says_which() -> None:
         return written(record("x")).get("request_id")
 
     async def serve_all() -> list[object]:
-        return await asyncio.gather(serve("a"), serve("b"), asyncio.create_task(tell()))
+        return list(await asyncio.gather(serve("a"), serve("b"), asyncio.create_task(tell())))
 
     assert asyncio.run(serve_all()) == ["a", "b", None]
 

@@ -91,9 +91,7 @@ def behind(browser: Browser, tmp_path_factory: pytest.TempPathFactory, session_s
     registry = f"predictor.registry={folder / 'registry'}"
     settings = (f"compute.predictor_endpoint=unix:{folder / 'predictor.sock'}", "compute.http_listen=127.0.0.1:0")
     with running_stack(pack_dir, folder, *settings) as stack, RunningPredictor(pack_dir, folder, registry) as predictor:
-        stack.node.endpoint()
-        log = stack.node.log.read_text()
-        url = log.partition("API is at ")[2].partition("/v1")[0]
+        url = stack.node.http_url()
         wait_until(lambda: "Connected to the predictor" in stack.node.log.read_text(), log=stack.node.log)
         yield PageStack(stack, predictor, url)
 

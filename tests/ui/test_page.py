@@ -1,11 +1,14 @@
 """The page in a real browser, before real processes: a chat, a swap, a cancelled request, a dead predictor."""
 
 import re
+from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import BrowserContext, Page, expect
 
-from tests.ui.conftest import PHONE, PageStack
+from tests.compute_node.tiny_serving import load_tokenizer
+from tests.http_node import ScriptEngine, http_node
+from tests.ui.conftest import PHONE, PageStack, Seen
 
 pytestmark = pytest.mark.browser
 
@@ -96,6 +99,25 @@ def test_what_a_model_writes_never_becomes_markup(page: Page) -> None:
     expect(answer.locator("ol li")).to_have_text("<img src=x onerror=alert(1)>")
     expect(answer.locator("pre")).to_have_text("<script>alert(1)</script>")
     expect(answer.locator("img, script")).to_have_count(0)
+
+
+def test_a_guarded_node_asks_for_its_key(context: BrowserContext, seen: Seen, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tmp_path)
+    with http_node(ScriptEngine(tokenizer, "hello"), tokenizer, keys=("a-secret-key",)) as node:
+        page = context.new_page()
+        seen.watch(page)
+        page.goto(node.url)
+        dialog = page.get_by_role("dialog", name="API key")
+        expect(dialog).to_be_visible()
+        expect(page.locator("#node-state")).to_have_text("key needed")
+        page.get_by_label("Key", exact=True).fill("a-secret-key")
+        page.keyboard.press("Enter")
+        expect(dialog).to_be_hidden()
+        expect(page.locator("#node-state")).to_have_text("live")
+        send(page, "Hello")
+        expect(page.locator(".message[data-role=assistant] .text")).to_have_text("hello")
+        page.close()
+    assert seen.errors == []
 
 
 def test_a_phone_shows_one_view_at_a_time(page: Page) -> None:

@@ -2,7 +2,7 @@
 
 import { ask, eventsOf, getJson, postJson } from "./api.js";
 import { byId, keyed, make, setText } from "./dom.js";
-import { bytes, localTime, plural, wholePercent } from "./format.js";
+import { bytes, localTime, wholePercent } from "./format.js";
 
 const LOOK_EVERY_MS = 10000;
 const RANK = ["active", "canary", "shadow", "previous", "available", "unusable"];
@@ -196,9 +196,8 @@ function qualityOf(quality) {
     `recall ${wholePercent(share(quality.found, quality.routed))}`,
     `accuracy ${wholePercent(accuracy)}`,
     `GoodPred ${atLeast}${wholePercent(accuracy === null ? null : accuracy * fetched)}`,
-    plural(quality.steps, "step"),
   ];
-  return `scored: ${parts.join(" · ")}`;
+  return `now: ${parts.join(" · ")}`;
 }
 
 function sentenceOf(what, change, body) {
