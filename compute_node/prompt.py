@@ -157,7 +157,7 @@ class PromptCodec:
         # A character takes at least one byte: what is too long by far is refused without being encoded.
         nbytes = sum(map(len, texts))
         if nbytes <= self._limits.max_prompt_bytes:
-            nbytes = sum(len(text.encode()) for text in texts)
+            nbytes = sum(map(_nbytes_of, texts))
         if nbytes > self._limits.max_prompt_bytes:
             raise ValueError(f"prompt has {nbytes} bytes or more; allowed: at most {self._limits.max_prompt_bytes}")
         if not any(texts):
@@ -179,6 +179,17 @@ class PromptCodec:
         return tuple(int(token_id) for token_id in token_ids)
 
 
+def _nbytes_of(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt has {text[error.start]!a}, which is half a character") from error
+
+
 def _texts_of(chat: ChatPrompt) -> list[str]:
     calls = [text for turn in chat.turns for call in turn.tool_calls for text in (call.name, call.arguments_json)]
-    return [*(turn.content for turn in chat.turns), *calls, *map(json.dumps, chat.tools)]
+    return [
+        *(turn.content for turn in chat.turns),
+        *calls,
+        *(json.dumps(tool, ensure_ascii=False) for tool in chat.tools),
+    ]

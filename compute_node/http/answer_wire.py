@@ -12,6 +12,8 @@ from promoe.model_spec import ModelSpec
 
 JsonDocument = dict[str, object]
 
+_LEAST_LOGPROB: Final = -9999.0
+
 FINISH_REASONS: Final[Mapping[FinishReason, str]] = {
     FinishReason.END_OF_SEQUENCE: "stop",
     FinishReason.STOP_STRING: "stop",
@@ -75,6 +77,11 @@ class UsageCount:
         }
 
 
+def json_logprob(logprob: float) -> float:
+    """JSON has no infinity: what OpenAI's API has in its place."""
+    return max(logprob, _LEAST_LOGPROB)
+
+
 class TokenTexts:
     """Tokens for people to look at."""
 
@@ -89,4 +96,8 @@ class TokenTexts:
         """A token with its log probability; its bytes are null where they are not those of the text."""
         text = self.text(token_id)
         is_whole = "\N{REPLACEMENT CHARACTER}" not in text
-        return {"token": text, "bytes": list(text.encode()) if is_whole else None, "logprob": logprob}
+        return {
+            "token": text,
+            "bytes": list(text.encode()) if is_whole else None,
+            "logprob": json_logprob(logprob),
+        }

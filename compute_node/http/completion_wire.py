@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from compute_node.answer import AnswerEvent, Delta, Finish
-from compute_node.http.answer_wire import FINISH_REASONS, JsonDocument, TokenTexts
+from compute_node.http.answer_wire import FINISH_REASONS, JsonDocument, TokenTexts, json_logprob
 
 
 @dataclass
@@ -62,8 +62,8 @@ class TextChoice:
             return None
         added = TextLogprobs(
             [self._texts.text(token.token_id)],
-            [token.logprob],
-            [{self._texts.text(other.token_id): other.logprob for other in token.alternatives}],
+            [json_logprob(token.logprob)],
+            [{self._texts.text(other.token_id): json_logprob(other.logprob) for other in token.alternatives}],
             [len(self._text)],
         )
         for name, values in vars(added).items():

@@ -47,6 +47,7 @@ def test_special_tokens_are_shown_only_where_one_token_is_shown(codec: PromptCod
         (TextPrompt("x" * 50), r"prompt has 50 tokens; allowed: fewer than the context's 50"),
         (TokenPrompt((5,) * 51), r"prompt has 51 tokens; allowed: fewer than the context's 50"),
         (TextPrompt("x" * 401), "prompt has 401 bytes or more; allowed: at most 400"),
+        (TextPrompt("a\ud800"), r"prompt has '\\ud800', which is half a character"),
         (TextPrompt("\u00e9" * 201), "prompt has 402 bytes or more; allowed: at most 400"),
         (ChatPrompt((ChatTurn("user", "x" * 401),)), "prompt has 401 bytes or more; allowed: at most 400"),
         (TokenPrompt((5, len(VOCABULARY))), f"token_ids has {len(VOCABULARY)}; allowed: 0 to {len(VOCABULARY) - 1}"),
