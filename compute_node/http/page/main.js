@@ -44,6 +44,8 @@ function showNode({ node, store }) {
 }
 
 function showState(state, trouble) {
+  if (state !== "live") predictor.lost();
+  if (state === "hidden") return;
   const [kind, text] = { live: ["good", "live"], away: ["bad", "node away"], key: ["warn", "key needed"] }[state];
   byId("node-state").dataset.state = kind;
   setText(byId("node-state-text"), text);

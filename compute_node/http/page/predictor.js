@@ -32,6 +32,12 @@ export class PredictorPanel {
     if (link.state !== "connected") this.#stopScoring();
   }
 
+  /** The node says nothing more of the link, until it does. */
+  lost() {
+    this.state = null;
+    this.#stopScoring();
+  }
+
   /** Asks the service for its versions. */
   async look() {
     try {
