@@ -110,12 +110,17 @@ def test_a_guarded_node_asks_for_its_key(context: BrowserContext, seen: Seen, tm
         dialog = page.get_by_role("dialog", name="API key")
         expect(dialog).to_be_visible()
         expect(page.locator("#node-state")).to_have_text("key needed")
+        page.keyboard.press("Escape")
+        send(page, "Hello")
+        expect(page.locator(".trouble")).to_contain_text("A valid API key is needed")
+        expect(dialog).to_be_visible()
         page.get_by_label("Key", exact=True).fill("a-secret-key")
         page.keyboard.press("Enter")
         expect(dialog).to_be_hidden()
         expect(page.locator("#node-state")).to_have_text("live")
-        send(page, "Hello")
+        page.get_by_role("button", name="Try again").click()
         expect(page.locator(".message[data-role=assistant] .text")).to_have_text("hello")
+        expect(page.locator(".message")).to_have_count(2)
         page.close()
     assert seen.errors == []
 

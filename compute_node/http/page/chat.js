@@ -149,10 +149,18 @@ export class Chat {
     }
     this.abort = null;
     message.stats = clock.stats();
-    view.finish();
+    view.finish(message.trouble ? () => this.#retry(message, view) : null);
     this.#keep();
     this.#showState();
     announce(message.trouble ?? `The answer has ended: ${message.stats.join(", ")}.`);
+  }
+
+  /** Asks again for the last answer, which failed. */
+  async #retry(message, view) {
+    if (this.isAnswering || this.messages.at(-1) !== message) return;
+    this.messages.pop();
+    view.element.remove();
+    await this.#answer();
   }
 
   async #follow(body, message, view, clock) {
@@ -221,11 +229,15 @@ class MessageView {
     });
   }
 
-  finish() {
+  /** `onRetry`: what a button beside the trouble does. */
+  finish(onRetry = null) {
     if (this.frame) cancelAnimationFrame(this.frame);
     this.text.replaceChildren();
     renderMarkdown(this.text, this.message.content);
-    if (this.message.trouble) this.element.append(make("p", { class: "trouble" }, this.message.trouble));
+    if (this.message.trouble) {
+      const retry = onRetry && make("button", { type: "button", onclick: onRetry }, "Try again");
+      this.element.append(make("p", { class: "trouble" }, make("span", {}, this.message.trouble), retry));
+    }
     const stats = (this.message.stats ?? []).map((stat) => make("span", {}, stat));
     if (stats.length && !(this.message.trouble && !this.message.content)) {
       this.element.append(make("p", { class: "stats" }, ...stats));
