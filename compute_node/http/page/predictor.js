@@ -80,6 +80,7 @@ export class PredictorPanel {
       setText(note, this.trouble);
     }
     const isUsable = this.state === "connected" && this.isReached === true;
+    byId("versions").dataset.stale = String(!isUsable);
     byId("predictor-tools").hidden = !isUsable;
     byId("rollback").disabled = this.isBusy || !this.versions.some(({ state }) => state === "previous" || state === "canary");
     for (const button of byId("versions").querySelectorAll("button")) button.disabled = this.isBusy || !isUsable;
