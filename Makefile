@@ -18,7 +18,7 @@ PROTOS := $(wildcard proto/promoe/v1/*.proto)
 GENERATED := .cache/generated
 # The schemas of released versions: none of them may be broken, and tests speak the older ones.
 RELEASED := proto/released
-BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-drift bench-split bench-upgrade bench-trace bench-device bench-pack bench-store
+BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-drift bench-split bench-upgrade bench-trace bench-device bench-page bench-pack bench-store
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-upgrade test test-compose test-ui check style types schema architecture bench $(BENCHES) proto release-schema interpreted clean
@@ -60,8 +60,8 @@ demo-upgrade: $(READY) ## Changes predictors under a load of 8 streams and draws
 	$(BIN)/python -m tests.bench.bench_upgrade --demo
 
 # One thread each: the models are tiny, and several processes share the cores.
-test: $(READY) ## Runs every test that this machine can run.
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+test: $(READY) ## Runs every test that this machine can run, but those of test-ui and test-compose.
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $${TEST_PROCESSES:-2} --dist loadfile --ignore tests/ui
 
 # On the engine that docker's client finds; PROMOE_INSTALL_ENGINE=1 installs and starts one (root, Debian 12; CI does so by
 # itself).

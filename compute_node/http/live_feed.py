@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from time import perf_counter
 from typing import Final
 
 from compute_node.http.answer_wire import JsonDocument
@@ -31,6 +32,7 @@ class LiveFeed:
         self._interval_s = interval_s
         self._listeners: set[Listener] = set()
         self._task: asyncio.Task[None] | None = None
+        self._look_s = 0.0
 
     @property
     def is_looking(self) -> bool:
@@ -58,10 +60,17 @@ class LiveFeed:
             self._task.cancel()
             self._task = None
 
+    def _encoded_look(self) -> bytes:
+        """With the time that the last one took of the event loop: what watching costs is seen by who watches."""
+        began_s = perf_counter()
+        data = event({**self._look(), "look_s": self._look_s})
+        self._look_s = perf_counter() - began_s
+        return data
+
     async def _run(self) -> None:
         try:
             while True:
-                data, is_over = event(self._look()), self._is_over()
+                data, is_over = self._encoded_look(), self._is_over()
                 for listener in self._listeners:
                     listener.tell(data)
                 if is_over:

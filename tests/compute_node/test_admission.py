@@ -219,3 +219,28 @@ def test_no_request_is_lost_and_no_limit_is_passed(
             assert isinstance((await events_of(each))[-1], RequestEnded)
 
     run(scenario())
+
+
+def test_open_requests_are_told_with_their_progress_and_can_be_ended_by_anybody() -> None:
+    async def scenario() -> None:
+        engine = HandEngine()
+        admission = new_admission(engine, max_concurrent=1)
+        running, waiting = (admission.admit(engine_request(name, [1, 2, 3], 7)) for name in ("r0", "r1"))
+        engine.draw("r0", 5, 6)
+        await settle()
+        first, second = admission.open_requests()
+        assert (first.request_id, first.is_running, first.num_output_tokens) == ("r0", True, 2)
+        assert (second.request_id, second.is_running, second.num_output_tokens) == ("r1", False, 0)
+        assert (second.num_prompt_tokens, second.max_output_tokens) == (3, 7)
+        assert first.age_s >= second.age_s > 0
+        assert admission.cancel_id("r1")
+        assert admission.cancel_id("r0")
+        await settle()
+        for admitted in (running, waiting):
+            last = (await events_of(admitted))[-1]
+            assert isinstance(last, RequestEnded)
+            assert last.reason is EndReason.CANCELLED
+        assert admission.open_requests() == ()
+        assert not admission.cancel_id("r0")
+
+    run(scenario())

@@ -43,3 +43,14 @@ def test_outcomes_that_have_not_happened_are_there_with_zero(outcome: Outcome) -
     registry = CollectorRegistry()
     RequestMetrics(registry)
     assert registry.get_sample_value(f"{telemetry.REQUESTS}_total", {"outcome": outcome.value}) == 0
+
+
+def test_sums_for_live_figures_are_those_of_the_histograms() -> None:
+    registry = CollectorRegistry()
+    metrics = RequestMetrics(registry)
+    metrics.observe_first_token(0.5)
+    for gap_s in (0.1, 0.2):
+        metrics.observe_next_token(gap_s)
+    times = metrics.token_times
+    assert (times.num_first, times.ttft_s, times.num_next) == (1, 0.5, 2)
+    assert times.next_s == pytest.approx(registry.get_sample_value("promoe_itl_seconds_sum"))

@@ -20,8 +20,9 @@ def guarded(tool_tokenizer: PreTrainedTokenizerBase) -> Iterator[HttpNode]:
 
 
 def test_the_page_needs_no_key_and_what_it_asks_for_does(guarded: HttpNode) -> None:
-    for path in ("/", *(f"/page/{name}" for name in read_page())):
-        assert guarded.get(path).status_code == 200, path
+    with httpx2.Client(base_url=guarded.url) as browser:
+        for path in ("/", *(f"/page/{name}" for name in read_page())):
+            assert browser.get(path).status_code == 200, path
     assert guarded.get("/api/live").status_code == 401
     assert guarded.get("/api/predictor").status_code == 401
     assert guarded.post("/api/predictor/rollback", {}).status_code == 401
@@ -30,9 +31,10 @@ def test_the_page_needs_no_key_and_what_it_asks_for_does(guarded: HttpNode) -> N
 
 def test_every_part_of_the_page_says_what_it_is(guarded: HttpNode) -> None:
     kinds = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
-    for name in read_page():
-        media_type = guarded.get(f"/page/{name}").headers["content-type"]
-        assert media_type.startswith(kinds[name.rpartition(".")[2]]), name
+    with httpx2.Client(base_url=guarded.url) as browser:
+        for name in read_page():
+            media_type = browser.get(f"/page/{name}").headers["content-type"]
+            assert media_type.startswith(kinds[name.rpartition(".")[2]]), name
 
 
 def test_the_policy_lets_the_page_reach_nothing_but_its_node(guarded: HttpNode) -> None:

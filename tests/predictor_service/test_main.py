@@ -8,6 +8,7 @@ import pytest
 
 from predictor_service import __main__ as command
 from predictor_service.config import PredictorConfig
+from predictor_service.learner.config import LearnerConfig
 from promoe.config import SettingUnfit
 from promoe.errors import EXIT_PACK_DAMAGED, PackDamaged, Unavailable
 
@@ -21,7 +22,7 @@ def root_logger() -> Iterator[None]:
 
 
 def run_with(failure: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> int:
-    def fail(config: PredictorConfig) -> None:
+    def fail(config: PredictorConfig, learner: LearnerConfig, settings: tuple[str, ...]) -> None:
         raise failure
 
     monkeypatch.setattr(command, "serve", fail)

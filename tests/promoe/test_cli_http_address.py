@@ -24,8 +24,9 @@ def test_a_taken_default_is_passed_by_and_said(taken: str) -> None:
     assert planned.is_fallback
     assert planned.listen.startswith("127.0.0.1:")
     assert planned.listen != taken
-    assert (
-        planned.sentence() == f"OpenAI-compatible API: {planned.url} ({taken} is taken; --http gives another address)"
+    assert planned.sentence() == (
+        f"OpenAI-compatible API: {planned.url} · its page: http://{planned.listen}/ "
+        f"({taken} is taken; --http gives another address)"
     )
 
 
@@ -33,7 +34,7 @@ def test_a_free_default_is_taken(taken: str, monkeypatch: pytest.MonkeyPatch) ->
     free = plan_http("127.0.0.1:0").listen
     monkeypatch.setattr(http_address, "DEFAULT_HTTP_LISTEN", free)
     assert plan_http(None) == HttpAddress(free)
-    assert plan_http(None).sentence() == f"OpenAI-compatible API: http://{free}/v1"
+    assert plan_http(None).sentence() == f"OpenAI-compatible API: http://{free}/v1 · its page: http://{free}/"
 
 
 def test_an_address_that_was_asked_for_is_that_or_none(taken: str) -> None:

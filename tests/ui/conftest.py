@@ -53,7 +53,7 @@ class Seen:
             self.errors.append(message.text)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Chromium, as the system or Playwright has it."""
     expect.set_options(timeout=DEADLINE_MS)
@@ -83,17 +83,15 @@ class PageStack:
     url: str
 
 
-@pytest.fixture(scope="session")
-def behind(browser: Browser, tmp_path_factory: pytest.TempPathFactory, session_socket_dir: Path) -> Iterator[PageStack]:
+@pytest.fixture(scope="module")
+def behind(browser: Browser, tmp_path_factory: pytest.TempPathFactory, module_socket_dir: Path) -> Iterator[PageStack]:
     """The three processes, the node with its HTTP API; the browser is there first, or nothing is started."""
-    folder = session_socket_dir
+    folder = module_socket_dir
     pack_dir = pack_tiny_model(tmp_path_factory.mktemp("paged"))
     registry = f"predictor.registry={folder / 'registry'}"
     settings = (f"compute.predictor_endpoint=unix:{folder / 'predictor.sock'}", "compute.http_listen=127.0.0.1:0")
     with running_stack(pack_dir, folder, *settings) as stack, RunningPredictor(pack_dir, folder, registry) as predictor:
-        stack.node.endpoint()
-        log = stack.node.log.read_text()
-        url = log.partition("API is at ")[2].partition("/v1")[0]
+        url = stack.node.http_url()
         wait_until(lambda: "Connected to the predictor" in stack.node.log.read_text(), log=stack.node.log)
         yield PageStack(stack, predictor, url)
 

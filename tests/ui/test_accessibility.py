@@ -50,5 +50,7 @@ def test_everything_can_be_reached_with_the_keyboard_and_shows_that_it_is(talked
         )
         reached.add(focused[0])
         assert focused[1] != "none" or focused[0] == "BODY", focused
-    for name in ("key-button", "theme-button", "new-chat", "prompt", "send", "map", "share", "why", "score"):
+    scrolled = "[document.scrollingElement, document.body].map(element => element.scrollTop)"
+    assert talked.evaluate(scrolled) == [0, 0], "the frame stays where it is"
+    for name in ("theme-button", "new-chat", "prompt", "send", "map", "share", "why", "score"):
         assert name in reached, sorted(reached)

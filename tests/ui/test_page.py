@@ -1,11 +1,14 @@
 """The page in a real browser, before real processes: a chat, a swap, a cancelled request, a dead predictor."""
 
 import re
+from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import BrowserContext, Page, expect
 
-from tests.ui.conftest import PHONE, PageStack
+from tests.compute_node.tiny_serving import load_tokenizer
+from tests.http_node import ScriptEngine, http_node
+from tests.ui.conftest import PHONE, PageStack, Seen
 
 pytestmark = pytest.mark.browser
 
@@ -85,6 +88,43 @@ def test_the_colours_can_be_chosen_and_are_kept(page: Page) -> None:
     expect(button).to_have_accessible_name("Colours: light")
 
 
+def test_what_a_model_writes_never_becomes_markup(page: Page) -> None:
+    text = "# Title\n\n- **bold** and `code`\n1. <img src=x onerror=alert(1)>\n\n```\n<script>alert(1)</script>\n```"
+    kept = [{"role": "assistant", "content": text, "stats": ["1 token"]}]
+    page.evaluate("kept => sessionStorage.setItem('promoe.chat', JSON.stringify(kept))", kept)
+    page.reload()
+    answer = page.locator(".message[data-role=assistant] .text")
+    expect(answer.locator("h3")).to_have_text("Title")
+    expect(answer.locator("ul strong")).to_have_text("bold")
+    expect(answer.locator("ol li")).to_have_text("<img src=x onerror=alert(1)>")
+    expect(answer.locator("pre")).to_have_text("<script>alert(1)</script>")
+    expect(answer.locator("img, script")).to_have_count(0)
+
+
+def test_a_guarded_node_asks_for_its_key(context: BrowserContext, seen: Seen, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tmp_path)
+    with http_node(ScriptEngine(tokenizer, "hello"), tokenizer, keys=("a-secret-key",)) as node:
+        page = context.new_page()
+        seen.watch(page)
+        page.goto(node.url)
+        dialog = page.get_by_role("dialog", name="API key")
+        expect(dialog).to_be_visible()
+        expect(page.locator("#node-state")).to_have_text("key needed")
+        page.keyboard.press("Escape")
+        send(page, "Hello")
+        expect(page.locator(".trouble")).to_contain_text("A valid API key is needed")
+        expect(dialog).to_be_visible()
+        page.get_by_label("Key", exact=True).fill("a-secret-key")
+        page.keyboard.press("Enter")
+        expect(dialog).to_be_hidden()
+        expect(page.locator("#node-state")).to_have_text("live")
+        page.get_by_role("button", name="Try again").click()
+        expect(page.locator(".message[data-role=assistant] .text")).to_have_text("hello")
+        expect(page.locator(".message")).to_have_count(2)
+        page.close()
+    assert seen.errors == []
+
+
 def test_a_phone_shows_one_view_at_a_time(page: Page) -> None:
     page.set_viewport_size(PHONE)
     message = page.get_by_label("Message", exact=True)
@@ -114,10 +154,10 @@ def test_a_swap_by_button_changes_the_version(page: Page) -> None:
 
 def test_a_killed_predictor_is_shown_as_away_and_the_chat_goes_on(page: Page, behind: PageStack) -> None:
     """The last one: it stays dead."""
-    expect(page.locator("#predictor-state")).to_have_text("connected")
+    expect(page.get_by_role("button", name=re.compile("^Activate")).first).to_be_enabled()
     behind.predictor.kill()
-    send(page, "Hello")
     expect(page.locator("#predictor-state")).to_have_text("away", timeout=10_000)
+    send(page, "Hello")
     expect(page.locator("#predictor-note")).to_contain_text("The cache only reacts")
     expect(page.get_by_role("button", name=re.compile("^Activate")).first).to_be_disabled()
     expect(page.locator(".stats")).to_have_text(MORE_THAN_TOKENS)

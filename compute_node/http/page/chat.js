@@ -22,6 +22,7 @@ export class Chat {
     this.abort = null;
     this.list = byId("messages");
     this.scroll = byId("scroll");
+    this.isAtEnd = true;
     this.prompt = byId("prompt");
     this.#listen();
     this.#restore();
@@ -62,8 +63,15 @@ export class Chat {
     });
     this.prompt.addEventListener("input", () => this.#fit());
     document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && this.isAnswering && !document.querySelector("dialog[open]")) this.stop();
+      if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+      if (byId("options").open) byId("options").open = false;
+      else this.stop();
     });
+    this.scroll.addEventListener("scroll", () => {
+      const below = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight;
+      this.isAtEnd = below < NEAR_THE_END_PX;
+    });
+    for (const resized of [this.scroll, this.list]) new ResizeObserver(() => this.#scrollAlong()).observe(resized);
     byId("stop").addEventListener("click", () => this.stop());
     byId("new-chat").addEventListener("click", () => this.clear());
     for (const example of EXAMPLES) {
@@ -108,7 +116,8 @@ export class Chat {
     const view = new MessageView(message);
     this.list.append(view.element);
     this.#keep();
-    this.scroll.scrollTop = this.scroll.scrollHeight;
+    this.isAtEnd = true;
+    this.#scrollAlong();
     return view;
   }
 
@@ -140,11 +149,18 @@ export class Chat {
     }
     this.abort = null;
     message.stats = clock.stats();
-    view.finish();
-    this.#scrollAlong();
+    view.finish(message.trouble ? () => this.#retry(message, view) : null);
     this.#keep();
     this.#showState();
     announce(message.trouble ?? `The answer has ended: ${message.stats.join(", ")}.`);
+  }
+
+  /** Asks again for the last answer, which failed. */
+  async #retry(message, view) {
+    if (this.isAnswering || this.messages.at(-1) !== message) return;
+    this.messages.pop();
+    view.element.remove();
+    await this.#answer();
   }
 
   async #follow(body, message, view, clock) {
@@ -159,7 +175,6 @@ export class Chat {
       if (text) {
         message.content += text;
         view.grow();
-        this.#scrollAlong();
       }
     }
     clock.ending ??= "cancelled";
@@ -185,8 +200,7 @@ export class Chat {
   }
 
   #scrollAlong() {
-    const below = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight;
-    if (below < NEAR_THE_END_PX + 40) this.scroll.scrollTop = this.scroll.scrollHeight;
+    if (this.isAtEnd) this.scroll.scrollTop = this.scroll.scrollHeight;
   }
 }
 
@@ -215,11 +229,15 @@ class MessageView {
     });
   }
 
-  finish() {
+  /** `onRetry`: what a button beside the trouble does. */
+  finish(onRetry = null) {
     if (this.frame) cancelAnimationFrame(this.frame);
     this.text.replaceChildren();
     renderMarkdown(this.text, this.message.content);
-    if (this.message.trouble) this.element.append(make("p", { class: "trouble" }, this.message.trouble));
+    if (this.message.trouble) {
+      const retry = onRetry && make("button", { type: "button", onclick: onRetry }, "Try again");
+      this.element.append(make("p", { class: "trouble" }, make("span", {}, this.message.trouble), retry));
+    }
     const stats = (this.message.stats ?? []).map((stat) => make("span", {}, stat));
     if (stats.length && !(this.message.trouble && !this.message.content)) {
       this.element.append(make("p", { class: "stats" }, ...stats));

@@ -96,8 +96,9 @@ export class FigureTiles {
       value.replaceChildren(number, unit ? make("small", {}, unit) : "");
       value.dataset.text = text;
     }
-    const isOld = recent === null && ever !== null && name !== "hits";
-    setText(below, isOld ? `${more} · since start` : more);
+    const isOld = recent === null && ever !== null;
+    value.classList.toggle("old", isOld);
+    setText(below, isOld ? "since start" : more);
   }
 
   #trends(history) {

@@ -36,7 +36,7 @@ export class History {
 
 /** Follows the node for as long as the page is seen; it may go and come back. */
 export class LiveStream {
-  /** `onLook(look)`, and `onState(state, error)`: "live", "away" or "key". */
+  /** `onLook(look)`, and `onState(state, error)`: "live", "away", "key", or "hidden" while nobody looks. */
   constructor(onLook, onState) {
     this.onLook = onLook;
     this.onState = onState;
@@ -62,7 +62,9 @@ export class LiveStream {
         if (error.status === 401) {
           this.onState("key", error.message);
           wait = 2 ** 30;
-        } else if (!document.hidden) {
+        } else if (document.hidden) {
+          this.onState("hidden");
+        } else {
           this.onState("away", error.name === "AbortError" ? "It says nothing any more." : error.message);
         }
       }

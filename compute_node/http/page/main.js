@@ -44,6 +44,8 @@ function showNode({ node, store }) {
 }
 
 function showState(state, trouble) {
+  if (state !== "live") predictor.lost();
+  if (state === "hidden") return;
   const [kind, text] = { live: ["good", "live"], away: ["bad", "node away"], key: ["warn", "key needed"] }[state];
   byId("node-state").dataset.state = kind;
   setText(byId("node-state-text"), text);
@@ -58,10 +60,12 @@ function showState(state, trouble) {
 
 function askForKey(note) {
   setText(byId("key-note"), `${note} It is kept in this tab until that is closed, and sent to this node only.`);
+  byId("key-button").hidden = false;
   byId("key").value = key.get();
   if (!byId("key-dialog").open) byId("key-dialog").showModal();
 }
 
+byId("key-button").hidden = key.get() === "";
 byId("key-button").addEventListener("click", () => askForKey("Needed where the node was started with keys."));
 byId("key-cancel").addEventListener("click", () => byId("key-dialog").close());
 byId("key-form").addEventListener("submit", (event) => {

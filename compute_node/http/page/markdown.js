@@ -6,6 +6,7 @@ const FENCE = /^\s{0,3}(```+|~~~+)/;
 const HEADING = /^(#{1,6})\s+(.*)$/;
 const BULLET = /^\s{0,6}[-*+]\s+(.*)$/;
 const NUMBERED = /^\s{0,6}(\d{1,9})[.)]\s+(.*)$/;
+const BARE_MARK = /^\s{0,6}(?:[-*+]|\d{1,9}[.)])\s*$/;
 const QUOTE = /^\s{0,3}>\s?(.*)$/;
 const RULE = /^\s{0,3}([-*_])(\s*\1){2,}\s*$/;
 const INLINE = /(`+)(.+?)\1|\*\*(\S(?:.*?\S)?)\*\*|__(\S(?:.*?\S)?)__|\*(\S(?:.*?\S)?)\*|(?<![\w_])_(\S(?:.*?\S)?)_(?![\w_])/s;
@@ -67,12 +68,13 @@ function quoted(lines, start) {
 }
 
 function listed(lines, start, pattern, makeList, group) {
-  // A line of an item may go on, indented, in the next ones.
-  const end = endOf(lines, start, (line) => pattern.test(line) || /^\s{2,}\S/.test(line));
+  // A line of an item may go on, indented, in the next ones; and an item's mark comes before its text does.
+  const end = endOf(lines, start, (line) => pattern.test(line) || BARE_MARK.test(line) || /^\s{2,}\S/.test(line));
   const items = [];
   for (const line of lines.slice(start, end)) {
     const item = pattern.exec(line);
     if (item) items.push(item[group]);
+    else if (BARE_MARK.test(line)) items.push("");
     else items[items.length - 1] += ` ${line.trim()}`;
   }
   return [

@@ -2,7 +2,7 @@
 
 import { ask, eventsOf, getJson, postJson } from "./api.js";
 import { byId, keyed, make, setText } from "./dom.js";
-import { bytes, localTime, plural, wholePercent } from "./format.js";
+import { bytes, localTime, wholePercent } from "./format.js";
 
 const LOOK_EVERY_MS = 10000;
 const RANK = ["active", "canary", "shadow", "previous", "available", "unusable"];
@@ -30,6 +30,12 @@ export class PredictorPanel {
     this.#showState();
     if (hasChanged && link.state !== "none") this.look();
     if (link.state !== "connected") this.#stopScoring();
+  }
+
+  /** The node says nothing more of the link, until it does. */
+  lost() {
+    this.state = null;
+    this.#stopScoring();
   }
 
   /** Asks the service for its versions. */
@@ -74,6 +80,7 @@ export class PredictorPanel {
       setText(note, this.trouble);
     }
     const isUsable = this.state === "connected" && this.isReached === true;
+    byId("versions").dataset.stale = String(!isUsable);
     byId("predictor-tools").hidden = !isUsable;
     byId("rollback").disabled = this.isBusy || !this.versions.some(({ state }) => state === "previous" || state === "canary");
     for (const button of byId("versions").querySelectorAll("button")) button.disabled = this.isBusy || !isUsable;
@@ -196,9 +203,8 @@ function qualityOf(quality) {
     `recall ${wholePercent(share(quality.found, quality.routed))}`,
     `accuracy ${wholePercent(accuracy)}`,
     `GoodPred ${atLeast}${wholePercent(accuracy === null ? null : accuracy * fetched)}`,
-    plural(quality.steps, "step"),
   ];
-  return `scored: ${parts.join(" · ")}`;
+  return `now: ${parts.join(" · ")}`;
 }
 
 function sentenceOf(what, change, body) {

@@ -2,7 +2,7 @@
 
 import { postJson } from "./api.js";
 import { byId, keyed, make, setText } from "./dom.js";
-import { plural, seconds } from "./format.js";
+import { seconds } from "./format.js";
 
 export class RequestTable {
   constructor() {

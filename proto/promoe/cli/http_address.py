@@ -32,7 +32,7 @@ class HttpAddress:
         if not self.listen:
             return "There is no HTTP API, as asked."
         why = f" ({DEFAULT_HTTP_LISTEN} is taken; --http gives another address)" if self.is_fallback else ""
-        return f"OpenAI-compatible API: {self.url}{why}"
+        return f"OpenAI-compatible API: {self.url} · its page: {self.url.removesuffix('v1')}{why}"
 
 
 def plan_http(asked: str | None) -> HttpAddress:
