@@ -35,9 +35,15 @@ PAGE_NBYTES = 4096
 
 def arena_nbytes(store: RunningStore) -> int:
     """The size of the memfd that the store process holds."""
-    folder = Path(f"/proc/{store.process.pid}/fd")
-    (found,) = [each for each in folder.iterdir() if "memfd:promoe-arena" in str(each.readlink())]
-    return found.stat().st_size
+    (size,) = {each.stat().st_size for each in Path(f"/proc/{store.process.pid}/fd").iterdir() if is_arena(each)}
+    return size
+
+
+def is_arena(descriptor: Path) -> bool:
+    try:
+        return "memfd:promoe-arena" in str(descriptor.readlink())
+    except FileNotFoundError:  # closed while it was looked at
+        return False
 
 
 def files_nbytes(pack_dir: Path) -> int:
