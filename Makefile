@@ -60,8 +60,9 @@ demo-upgrade: $(READY) ## Changes predictors under a load of 8 streams and draws
 	$(BIN)/python -m tests.bench.bench_upgrade --demo
 
 # One thread each: the models are tiny, and several processes share the cores.
-test: $(READY) ## Runs every test that this machine can run, but those of test-ui and test-compose.
+test: $(READY) ## Runs every test that this machine can run, but those of test-compose.
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $${TEST_PROCESSES:-2} --dist loadfile --ignore tests/ui
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/ui
 
 # On the engine that docker's client finds; PROMOE_INSTALL_ENGINE=1 installs and starts one (root, Debian 12; CI does so by
 # itself).

@@ -150,13 +150,15 @@ class DeviceNeeds:
         least_nbytes = sum(part.need_nbytes for part in self.parts() if part.name != "--memory")
         rest_nbytes = least_nbytes - self.needs.dense_nbytes
         free_mib = self.free_nbytes >> 20
-        if self.config.memory_bytes is not None and self._with(memory_bytes=free_mib << 20).plan() is not None:
+        is_asked = self.config.memory_bytes is not None
+        if is_asked and free_mib > 0 and self._with(memory_bytes=free_mib << 20).plan() is not None:
+            assert self.config.memory_bytes is not None, "it was asked for"
             is_too_much = self.config.memory_bytes > self.free_nbytes
             yield f"--memory {free_mib}MiB" if is_too_much else f"--memory {_mebibytes(least_nbytes, free_mib)}"
         elif self.is_asked_gpu:
             gpu_nbytes = self.needs.dense_nbytes + rest_nbytes / BUDGET_SHARE + CONTEXT_NBYTES
             yield f"--gpu-memory {_mebibytes(gpu_nbytes)} (a larger GPU)"
-        elif self.config.memory_bytes is not None and self._with(memory_bytes=None).plan() is not None:
+        elif is_asked and self._with(memory_bytes=None).plan() is not None:
             yield "no --memory (what is free is enough)"
         if self.spec.layout.dtype is Dtype.FLOAT32:
             yield "--dtype bfloat16 (halves weights and experts)"

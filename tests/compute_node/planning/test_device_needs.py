@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from compute_node.memory_plan import BUDGET_SHARE, MemoryNeeds, plan_memory
@@ -31,6 +31,7 @@ def mended(needs: DeviceNeeds, flag: str) -> DeviceNeeds:
     return replace(needs, config=replace(needs.config, **settings[name]))  # type: ignore[arg-type]
 
 
+@example(free_mib=0, memory_mib=1, rate=None, slots=None, context=None, is_asked_gpu=False)
 @given(
     free_mib=st.integers(0, 120),
     memory_mib=st.none() | st.integers(1, 150),
