@@ -45,7 +45,9 @@ class Home:
         own = {"PROMOE_HOME": str(self.path / "cache"), "PROMOE_RUN_DIR": str(self.run_dir), "OMP_NUM_THREADS": "1"}
         return {**os.environ, **own, "COLUMNS": "200"}
 
-    def run(self, *arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, *arguments: str, stdin: str = "", deadline_s: float = DEADLINE_S
+    ) -> "subprocess.CompletedProcess[str]":
         """Runs a command to its end."""
         return subprocess.run(
             [*PROMOE, *arguments],
@@ -53,7 +55,7 @@ class Home:
             capture_output=True,
             text=True,
             env=self.environment(),
-            timeout=DEADLINE_S,
+            timeout=deadline_s,
             check=False,
         )
 
@@ -309,13 +311,15 @@ def test_a_damaged_pack_in_the_cache_is_mended_by_the_command_that_is_printed(ho
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * DEADLINE_S)
 def test_the_demo_compares_three_nodes(demo_checkpoint: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder:
         home = Home(Path(folder))
         models = home.path / "cache" / "models"
         models.mkdir(parents=True)
         (models / f"demo-{release_id()}").symlink_to(demo_checkpoint)
-        ended = home.run("demo", "-n", "24")
+        # Three nodes, two predictors and other tests beside them on two cores.
+        ended = home.run("demo", "-n", "12", deadline_s=3 * DEADLINE_S)
     assert ended.returncode == 0, ended.stderr
     assert "Paris" in ended.stdout
     assert ended.stdout.count("GoodPred") == 3 + 1, "after each answer, and in the table"
