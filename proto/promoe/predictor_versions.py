@@ -153,7 +153,7 @@ class LearnerReport:
     Attributes:
         state: see LearnerState.
         paused: it gathers and trains nothing.
-        documents, held_out_documents, tokens, size_bytes: what is gathered now; held-out ones are never trained on.
+        documents, tokens, size_bytes: what is gathered now.
         oldest_s: age of the oldest of it.
         progress: of the judgement that is open.
         news: what happened last, or why it is off.
@@ -162,7 +162,6 @@ class LearnerReport:
     state: LearnerState
     paused: bool = False
     documents: int = 0
-    held_out_documents: int = 0
     tokens: int = 0
     size_bytes: int = 0
     oldest_s: float = 0.0

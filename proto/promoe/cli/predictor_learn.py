@@ -49,9 +49,8 @@ def learner_lines(report: LearnerReport) -> Text:
     if report.news:
         text.append(f"\n{report.news}", "")
     if report.state not in (LearnerState.OFF, LearnerState.FAILED):
-        held_out = f", {report.held_out_documents} of them held out" if report.held_out_documents else ""
         text.append(
-            f"\n{report.documents} requests are held{held_out}: {report.tokens} tokens, "
+            f"\n{report.documents} requests are held: {report.tokens} tokens, "
             f"{format_nbytes(report.size_bytes)}, the oldest from {format_s(report.oldest_s)} ago.",
             "",
         )

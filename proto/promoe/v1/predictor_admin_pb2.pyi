@@ -678,7 +678,6 @@ class LearnerReport(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
     DOCUMENTS_FIELD_NUMBER: _builtins.int
-    HELD_OUT_DOCUMENTS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     OLDEST_S_FIELD_NUMBER: _builtins.int
@@ -687,8 +686,7 @@ class LearnerReport(_message.Message):
     state: Global___LearnerState.ValueType
     paused: _builtins.bool
     documents: _builtins.int
-    """What is gathered now: requests, those of them that are never trained on, decoded tokens, and their size in memory."""
-    held_out_documents: _builtins.int
+    """What is gathered now: requests, decoded tokens, and their size in memory."""
     tokens: _builtins.int
     size_bytes: _builtins.int
     oldest_s: _builtins.float
@@ -705,7 +703,6 @@ class LearnerReport(_message.Message):
         state: Global___LearnerState.ValueType = ...,
         paused: _builtins.bool = ...,
         documents: _builtins.int = ...,
-        held_out_documents: _builtins.int = ...,
         tokens: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         oldest_s: _builtins.float = ...,
@@ -714,7 +711,7 @@ class LearnerReport(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "held_out_documents", b"held_out_documents", "news", b"news", "oldest_s", b"oldest_s", "paused", b"paused", "progress", b"progress", "size_bytes", b"size_bytes", "state", b"state", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "news", b"news", "oldest_s", b"oldest_s", "paused", b"paused", "progress", b"progress", "size_bytes", b"size_bytes", "state", b"state", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
