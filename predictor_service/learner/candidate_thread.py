@@ -87,11 +87,12 @@ class CandidateThread:
         self._told = told
         self.progress = CandidateProgress(config.cpu_share)
         self._thread: threading.Thread | None = None
+        self._is_over = False
 
     @property
     def is_training(self) -> bool:
         """It has not come to anything yet."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._thread is not None and not self._is_over
 
     def start(self, order: Train, documents: list[Document]) -> None:
         """Begins, with these documents."""
@@ -112,6 +113,8 @@ class CandidateThread:
         except Exception as error:  # the edge of the thread: who waits for it must be told
             logger.error("Training %s failed.", order.name, exc_info=error)
             result = TrainingFailed(f"Training {order.name} failed ({type(error).__name__}); the log has the details.")
+        # Whoever is told may ask for the next one at once.
+        self._is_over = True
         self._told(result)
 
     def _train(self, order: Train, documents: list[Document]) -> CandidateTrained:
