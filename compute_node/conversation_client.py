@@ -121,7 +121,8 @@ class Conversation:
         if fault is not None:
             session.refuse(fault, f"{hint.version}, layer {hint.layer}, experts {hint.experts[:8]}")
             return
-        self._hints.put(ReceivedHint(hint, session.latency_s(hint.observed_step, hint.observed_layer)))
+        latency_s = session.latency_s(hint.observed_step, hint.observed_layer)
+        self._hints.put(ReceivedHint(hint, latency_s, session.announced[hint.version].calibrated))
 
 
 def _bug(error: Exception) -> InternalError:

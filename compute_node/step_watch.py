@@ -61,6 +61,7 @@ class StepWatch:
         self.traces = TraceRecorder(spec.num_moe_layers, expert_cache.snapshot)
         self.maps = CacheMapRecorder(spec.num_moe_layers, spec.num_experts, expert_cache.resident_states)
         self.scores = HintScores(spec.num_moe_layers)
+        inbox.calibrate = self.scores.calibrated
         self._misses = MissWatch()
         self.takeovers: Takeovers | None = None
         samplers: tuple[LayerSampler, ...] = (self.traces,)
