@@ -1,20 +1,29 @@
 """Counts what the expert cache did: by phase, by layer, and for each request in the step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from compute_node.acquisition import Acquisition
 from compute_node.step_ledger import ExpertUse, Phase, StepLedger, TokenSpan
 from promoe import telemetry
 from promoe.trace_events import LoadEvent, LoadReason, TraceEvent
 
+_AHEAD: Final = (LoadReason.PREFETCH, LoadReason.STREAM)
+
 
 @dataclass
 class PhaseCounters:
-    """Since the start, for one phase. An access is one expert needed by one layer in one step."""
+    """Since the start, for one phase. An access is one expert needed by one layer in one step.
+
+    Attributes:
+        ahead_nbytes: loaded before anybody waited, those that were late among them, by reason.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -24,6 +33,7 @@ class PhaseCounters:
     demand_nbytes: int = 0
     late_prefetches: int = 0
     late_prefetch_stall_s: float = 0.0
+    ahead_nbytes: dict[LoadReason, int] = field(default_factory=lambda: dict.fromkeys(_AHEAD, 0))
 
 
 @dataclass(frozen=True)
@@ -51,28 +61,42 @@ class _LayerUse:
         )
 
 
-@dataclass(frozen=True)
-class CacheMetrics:
-    """The same counters for Prometheus, labelled by phase (and cause)."""
+class CacheMetrics(Collector):
+    """The same counters for Prometheus, labelled by phase (and cause), read when the page is asked for.
 
-    hits: Counter
-    misses: Counter
-    loaded_bytes: Counter
-    stall_seconds: Counter
+    Attributes:
+        phases: written by the engine thread.
+    """
+
+    def __init__(self) -> None:
+        self.phases = {phase: PhaseCounters() for phase in Phase}
 
     @classmethod
     def register(cls, registry: CollectorRegistry) -> "CacheMetrics":
         """Names by the glossary."""
-        return cls(
-            hits=Counter(telemetry.HITS, "Routed experts that were READY.", ["phase"], registry=registry),
-            misses=Counter(telemetry.MISSES, "Routed experts that were not.", ["phase", "cause"], registry=registry),
-            loaded_bytes=Counter(
-                telemetry.LOADED_BYTES, "Bytes that experts were loaded with.", ["phase", "reason"], registry=registry
-            ),
-            stall_seconds=Counter(
-                telemetry.STALL_SECONDS, "Time compute waited.", ["phase", "cause"], registry=registry
-            ),
+        metrics = cls()
+        registry.register(metrics)
+        return metrics
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """All of them."""
+        hits = CounterMetricFamily(telemetry.HITS, "Routed experts that were READY.", labels=["phase"])
+        misses = CounterMetricFamily(telemetry.MISSES, "Routed experts that were not.", labels=["phase", "cause"])
+        loaded = CounterMetricFamily(
+            telemetry.LOADED_BYTES, "Bytes that experts were loaded with.", labels=["phase", "reason"]
         )
+        stall = CounterMetricFamily(telemetry.STALL_SECONDS, "Time compute waited.", labels=["phase", "cause"])
+        for phase, counters in self.phases.items():
+            late_stall_s = counters.late_prefetch_stall_s
+            hits.add_metric([phase.value], counters.hits)
+            misses.add_metric([phase.value, "absent"], counters.misses - counters.late_prefetches)
+            misses.add_metric([phase.value, "late_prefetch"], counters.late_prefetches)
+            loaded.add_metric([phase.value, LoadReason.DEMAND.value], counters.demand_nbytes)
+            for reason, nbytes in counters.ahead_nbytes.items():
+                loaded.add_metric([phase.value, reason.value], nbytes)
+            stall.add_metric([phase.value, "demand_load"], max(0.0, counters.stall_s - late_stall_s))
+            stall.add_metric([phase.value, "late_prefetch"], late_stall_s)
+        yield from (hits, misses, loaded, stall)
 
 
 @dataclass
@@ -81,7 +105,7 @@ class StepRecorder:
 
     Attributes:
         ledger: which request owns which row.
-        metrics: Prometheus counters.
+        metrics: holds the counters, and tells Prometheus of them.
         take_compute_stall_s: seconds that compute waited since the last call, given what the host waited; the device's.
         is_counting: false until `begin`.
     """
@@ -90,11 +114,13 @@ class StepRecorder:
     metrics: CacheMetrics
     take_compute_stall_s: Callable[[float], float]
     is_counting: bool = False
-    phases: dict[Phase, PhaseCounters] = field(default_factory=lambda: {phase: PhaseCounters() for phase in Phase})
     # Demand loads that arrived since the last layer: what became urgent on its way was asked for as a prefetch.
     _demanded_nbytes: dict[int, int] = field(default_factory=dict, init=False)
-    # Counters of bytes that arrive ahead: to look one up by its labels takes longer than to count.
-    _ahead: dict[tuple[Phase, LoadReason], Counter] = field(default_factory=dict, init=False)
+
+    @property
+    def phases(self) -> Mapping[Phase, PhaseCounters]:
+        """The counters, as they are now."""
+        return self.metrics.phases
 
     def _count_step(self, spans: tuple[TokenSpan, ...]) -> None:
         for phase, counters in self.phases.items():
@@ -113,11 +139,7 @@ class StepRecorder:
         if event.reason is LoadReason.DEMAND:
             self._demanded_nbytes[event.expert.expert] = event.nbytes
         elif self.is_counting and self.ledger.spans:
-            key = _phase_of(self.ledger.spans), event.reason
-            counter = self._ahead.get(key)
-            if counter is None:
-                counter = self._ahead[key] = self.metrics.loaded_bytes.labels(key[0].value, key[1].value)
-            counter.inc(event.nbytes)
+            self.phases[_phase_of(self.ledger.spans)].ahead_nbytes[event.reason] += event.nbytes
 
     def record_layer(self, acquisition: Acquisition, ids_TK: np.ndarray) -> None:
         """Attributes one layer's hits, misses, bytes and stall.
@@ -166,18 +188,7 @@ class StepRecorder:
         counters.stall_s += use.stall_s
         counters.late_prefetch_stall_s += use.late_stall_s
         counters.demand_nbytes += use.loaded_nbytes
-        self.metrics.hits.labels(phase.value).inc(use.hits)
-        for counter, cause, amount in (
-            (self.metrics.misses, "absent", use.misses - use.late),
-            (self.metrics.misses, "late_prefetch", use.late),
-            # Not only with misses: a step of both phases shares its bytes, and on CUDA a wait ends a layer later.
-            (self.metrics.loaded_bytes, LoadReason.DEMAND.value, use.loaded_nbytes),
-            (self.metrics.loaded_bytes, LoadReason.PREFETCH.value, use.late_nbytes),
-            (self.metrics.stall_seconds, "demand_load", max(0.0, use.stall_s - use.late_stall_s)),
-            (self.metrics.stall_seconds, "late_prefetch", use.late_stall_s),
-        ):
-            if amount:
-                counter.labels(phase.value, cause).inc(amount)
+        counters.ahead_nbytes[LoadReason.PREFETCH] += use.late_nbytes
 
     def _count_mixed(
         self, spans: tuple[TokenSpan, ...], acquisition: Acquisition, ids_TK: np.ndarray, use: _LayerUse

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from compute_node.chunks_in_flight import LinkMeter
 from compute_node.load_queue import Chunk, ChunkSettings, LoadQueue
 from compute_node.loads import Load, LoadState
+from promoe.ids import ExpertId
 
 
 class LinkClock(Protocol):
@@ -116,6 +117,9 @@ class ClockedTransfers:
         """See `Transfers`."""
         for load in loads:
             load.ticket.wait_on_host()
+
+    def settle_expert(self, expert: ExpertId) -> None:
+        """See `Transfers`: a chunk is copied at once when its turn has come."""
 
     def next_issued(self, loads: Sequence[Load]) -> Load:
         """See `Transfers`; lets the time pass until a chunk's turn makes one of them ISSUED."""

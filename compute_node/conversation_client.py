@@ -1,8 +1,11 @@
 """One session's messages with the predictor: encodes what is told, checks and files what is answered.
 
-The predictor is best effort: what cannot be used is counted and never reaches the expert cache. Knows no carrier.
+The predictor is best effort: what cannot be used is counted and never reaches the expert cache; what fails in a way
+that nobody thought of ends the session, and never a step of the engine thread, which may be the one that reads. Knows
+no carrier.
 """
 
+import logging
 from typing import Final
 
 import torch
@@ -14,7 +17,7 @@ from compute_node.hint_inbox import HintTaker, ReceivedHint
 from compute_node.hint_session import HintSession
 from compute_node.layer_sample import LayerSample
 from compute_node.outgoing import OutgoingEvent
-from promoe.errors import InvalidInput, error_of_code
+from promoe.errors import InternalError, InvalidInput, PromoeError, error_of_code
 from promoe.hint import StepStart
 from promoe.hint_wire import (
     decode_hint,
@@ -30,6 +33,8 @@ from promoe.v1 import model_pb2
 from promoe.v1 import predictor_pb2 as pb
 from promoe.wire import check_schema, encode_spec
 
+logger = logging.getLogger(__name__)
+
 _DTYPES: Final = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 
 
@@ -44,7 +49,14 @@ def hello_message(info: model_pb2.ServiceInfo, spec: ModelSpec, max_rows: int) -
 
 
 def encode_event(event: OutgoingEvent) -> bytes:
-    """One message; waits for an observation's hidden states."""
+    """One message; waits for an observation's hidden states. Raises InternalError after a bug."""
+    try:
+        return _encode(event)
+    except Exception as error:
+        raise _bug(error) from error
+
+
+def _encode(event: OutgoingEvent) -> bytes:
     if isinstance(event, LayerSample):
         request = pb.PredictRequest(observation=_encode_sample(event))
     elif isinstance(event, StepStart):
@@ -72,6 +84,14 @@ class Conversation:
 
     def receive(self, data: bytes) -> None:
         """Takes one message; raises PromoeError for what ends the session."""
+        try:
+            self._receive(data)
+        except PromoeError:
+            raise
+        except Exception as error:
+            raise _bug(error) from error
+
+    def _receive(self, data: bytes) -> None:
         try:
             response = pb.PredictResponse.FromString(data)
         except DecodeError as error:
@@ -101,7 +121,13 @@ class Conversation:
         if fault is not None:
             session.refuse(fault, f"{hint.version}, layer {hint.layer}, experts {hint.experts[:8]}")
             return
-        self._hints.put(ReceivedHint(hint, session.latency_s(hint.observed_step, hint.observed_layer)))
+        latency_s = session.latency_s(hint.observed_step, hint.observed_layer)
+        self._hints.put(ReceivedHint(hint, latency_s, session.announced[hint.version].calibrated))
+
+
+def _bug(error: Exception) -> InternalError:
+    logger.error("A bug ends the session with the predictor.", exc_info=error)
+    return InternalError(f"A message could not be handled ({type(error).__name__}); this node's log has the details.")
 
 
 def _encode_sample(sample: LayerSample) -> pb.Observation:

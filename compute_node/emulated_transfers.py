@@ -17,6 +17,7 @@ from compute_node.load_queue import Chunk, ChunkSettings
 from compute_node.loads import Load, LoadState
 from compute_node.transfer_stats import TransferStats
 from promoe.errors import Unavailable
+from promoe.ids import ExpertId
 
 AWAKE_S: Final = 0.002
 """A core that sleeps is cold when it wakes: each sleep of 0.8 ms cost the computing after it half a millisecond, which
@@ -95,6 +96,11 @@ class EmulatedTransfers:
     def settle(self, loads: Sequence[Load]) -> None:
         """See `Transfers`."""
         self._transfers.settle(loads)
+
+    def settle_expert(self, expert: ExpertId) -> None:
+        """See `Transfers`: a chunk is copied with the lock held, by whoever looks."""
+        with self._lock:
+            self._transfers.settle_expert(expert)
 
     def next_issued(self, loads: Sequence[Load]) -> Load:
         """See `Transfers`.

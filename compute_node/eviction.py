@@ -19,7 +19,9 @@ from promoe.ids import ExpertId
 
 Scores: TypeAlias = npt.NDArray[np.float64] | npt.NDArray[np.int64]
 
-_MOST_USES: Final = 1 << 40
+_LARGEST_CLOCK: Final = 1 << 40
+_MOST_USES: Final = 1 << 22
+"""More uses than this, a day of decoding from one slot, count as so many: both numbers together fit 63 bits."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def lru(history: ExpertHistory, layers: slice) -> Scores:
 def lfu(history: ExpertHistory, layers: slice) -> Scores:
     """Keeps what was used most often since it was loaded; among equals what was used last."""
     uses = history.uses
-    return as_array(uses.num_uses, layers) * _MOST_USES + as_array(uses.last_use, layers)
+    return np.minimum(as_array(uses.num_uses, layers), _MOST_USES) * _LARGEST_CLOCK + as_array(uses.last_use, layers)
 
 
 def static(history: ExpertHistory, layers: slice) -> Scores:
@@ -66,7 +68,7 @@ def next_use(history: ExpertHistory, layers: slice) -> Scores:
 
 def _lfu_of(history: ExpertHistory, expert: ExpertId) -> int:
     uses, (layer, number) = history.uses, expert
-    return uses.num_uses[layer][number] * _MOST_USES + uses.last_use[layer][number]
+    return min(uses.num_uses[layer][number], _MOST_USES) * _LARGEST_CLOCK + uses.last_use[layer][number]
 
 
 EVICTIONS: Final[Mapping[str, Eviction]] = MappingProxyType(

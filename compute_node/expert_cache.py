@@ -268,8 +268,9 @@ class ExpertCache:
         return LayerOccupancy(states.count(SlotState.READY), states.count(SlotState.LOADING))
 
     def ready_experts(self, layer: int) -> tuple[int, ...]:
-        """READY now; asked on the engine thread."""
-        return self._table.ready(layer)
+        """READY now: the store client's thread may take one away meanwhile."""
+        with self._lock:
+            return self._table.ready(layer)
 
     def resident_states(self) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
         """By layer and expert: bit 0 resident, bit 1 loading, bit 2 hinted for the layer's next visit."""
@@ -297,8 +298,8 @@ class ExpertCache:
                     self._prefetcher.unwatch(slot)
                 if slot.expert == expert:
                     self._table.forget(slot)
-        # A slot is READY, or even another expert's, as soon as compute was told to wait for the copy: the copy itself
-        # may be under way.
+            self._transfers.settle_expert(expert)
+        # A slot is READY, or another's already, as soon as compute was told to wait for the copy, which goes on.
         self._marks.synchronize()
 
     def blob_published(self, expert: ExpertId) -> None:

@@ -107,7 +107,7 @@ class ExpertHistory:
         np.divide(1, probability_E, out=self.later_visits_LE[layer])
 
     def hinted(self, layer: int, experts: IdArray, probabilities: Float32Array) -> None:
-        """A calibrated hint replaces the own estimate of the layer's next visit."""
+        """A hint, whose scores are probabilities, replaces the own estimate of the layer's next visit."""
         self.version += 1
         row_E = self.next_probability_LE[layer]
         np.divide(UNLISTED_SHARE, self.later_visits_LE[layer], out=row_E)

@@ -10,10 +10,16 @@ from promoe.hint import Hint
 
 @dataclass(frozen=True, eq=False)
 class ReceivedHint:
-    """A hint for this model. `latency_s`: since its observation was handed over, where that is known."""
+    """A hint for this model.
+
+    Attributes:
+        latency_s: since its observation was handed over, where that is known.
+        is_calibrated: its scores are probabilities, not just an order.
+    """
 
     hint: Hint
     latency_s: float | None
+    is_calibrated: bool = True
 
 
 class HintTaker(Protocol):
@@ -35,6 +41,7 @@ class HintInbox:
     Attributes:
         look_for_more: called before the inbox is drained, on the thread that drains it: fetches what nobody brings.
         flush: called in its place where nothing more is looked for: sends what nobody else sends.
+        calibrate: makes probabilities of scores that are none, on the thread that drains.
     """
 
     def __init__(self, capacity: int = 1024) -> None:
@@ -44,6 +51,7 @@ class HintInbox:
         self._num_overflowed = 0
         self.look_for_more: Callable[[], None] = _nothing
         self.flush: Callable[[], None] = _nothing
+        self.calibrate: Callable[[Hint], Hint] = _as_it_is
 
     @property
     def num_overflowed(self) -> int:
@@ -73,9 +81,12 @@ class HintInbox:
         # As many as there were at the beginning: a service that never stops must not keep the engine thread here.
         for _ in range(len(waiting)):
             try:
-                drained.append(waiting.popleft())
+                received = waiting.popleft()
             except IndexError:  # the other thread pushed some out
                 break
+            if not received.is_calibrated:
+                received = ReceivedHint(self.calibrate(received.hint), received.latency_s)
+            drained.append(received)
         return drained
 
 
@@ -104,6 +115,11 @@ class HintTap:
             self._inbox.put(received)
         else:
             self.num_withheld += 1
+
+
+def _as_it_is(hint: Hint) -> Hint:
+    """Where nobody reads scores."""
+    return hint
 
 
 def _nothing() -> None:

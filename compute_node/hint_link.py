@@ -174,9 +174,10 @@ class HintLink:
 
     # ---- whoever lays down the roles
 
-    def open(self, endpoint: str, noted: Callable[[], None]) -> Connection:
-        """Looks for a predictor from now on; it has no role yet."""
+    def open(self, endpoint: str, noted: Callable[[], None], is_quiet: bool = False) -> Connection:
+        """Looks for a predictor from now on; it has no role yet. `is_quiet`: see ConnectionLog."""
         connection = Connection(endpoint, self._spec, self._inbox, self._patience, self._misses, noted)
+        connection.client.log.is_quiet = is_quiet
         self._books = _Books((*self._books.connections, connection), self._books.past, self._books.num_withheld)
         connection.client.start()
         return connection

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final, NamedTuple
 
+from compute_node.place_odds import OddsKey, PlaceOdds
 from compute_node.step_ledger import Phase
 from promoe.hint import Hint
 from promoe.trace_events import HintEvent, HintFate, LayerEvent, StepEvent, TraceEvent
@@ -89,6 +90,7 @@ class HintScores:
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
         self._phase = Phase.DECODE
+        self._odds = PlaceOdds()
         # By the visit of a layer: the newest hint of each version and lookahead, and when it was noticed.
         self._waiting: dict[tuple[int, int], dict[tuple[str, int], HintEvent]] = {}
         self.restart()
@@ -104,6 +106,10 @@ class HintScores:
     def scores(self) -> list[tuple[ScoreKey, HintScore]]:
         """As they are now; from any thread."""
         return list(self._scores.items())
+
+    def calibrated(self, hint: Hint) -> Hint:
+        """With probabilities in place of scores that are an order only; on the engine thread."""
+        return self._odds.calibrated(OddsKey(hint.version, hint.lookahead(self._num_layers)), hint)
 
     def __call__(self, event: TraceEvent) -> None:
         """On the engine thread."""
@@ -136,6 +142,8 @@ class HintScores:
             self.time_until_use_s.add(layer.at_s - event.at_s)
             score = self._score_of(ScoreKey(version, layer.layer, lookahead, self._phase))
             _add(score, event.hint, routed, layer.ready)
+            if self._phase is Phase.DECODE:  # a prompt needs nearly everything, whatever was hinted
+                self._odds.note(OddsKey(version, lookahead), event.hint, routed)
 
     def _score_of(self, key: ScoreKey) -> HintScore:
         score = self._scores.get(key)

@@ -15,13 +15,21 @@ from compute_node.layer_sample import LayerSample, LayerSampler, WantedSamples, 
 from promoe.hint import LayerRouting, ObservedKind, StepStart, is_observed
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Rows:
-    """The sampled rows of a step, as numpy and as the device index them (None: all of them)."""
+    """The sampled rows of a step.
+
+    Attributes:
+        host_R: as numpy indexes them.
+        are_all: every token of the step is sampled, and nothing is indexed.
+        index_R: as the device indexes them; made when a layer is copied, on the stream that computes it: between two
+            steps another stream is the current one, which nothing orders before the layers.
+    """
 
     rows: tuple[int, ...]
     host_R: np.ndarray
-    index_R: torch.Tensor | None
+    are_all: bool
+    index_R: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -98,7 +106,7 @@ class LayerObserver:
             wanted = watch.wanted
             if wanted.routing:
                 rows = watch.rows
-                seen_RK = topk_ids_TK[: self._num_tokens] if rows.index_R is None else topk_ids_TK[rows.host_R]
+                seen_RK = topk_ids_TK[: self._num_tokens] if rows.are_all else topk_ids_TK[rows.host_R]
                 ids_RK = seen_RK.astype(np.uint16)
                 ready = self._ready(layer) if wanted.ready and self._ready is not None else None
                 watch.routings.append(LayerRouting(layer, ids_RK, ready))
@@ -116,15 +124,16 @@ class LayerObserver:
 
     def _choose_rows(self, max_rows: int) -> _Rows:
         rows = sampled_rows(self._start.spans, max_rows)
-        index_R = None if len(rows) == self._num_tokens else self._device.index_rows(rows)
-        return _Rows(rows, np.array(rows, np.intp), index_R)
+        return _Rows(rows, np.array(rows, np.intp), len(rows) == self._num_tokens)
 
     def _copy(self, hidden_TD: torch.Tensor, rows: _Rows, copies: dict[int, HostCopy]) -> HostCopy:
         """One copy for all who want the same rows."""
         copy = copies.get(id(rows))
         if copy is None:
+            if rows.index_R is None and not rows.are_all:
+                rows.index_R = self._device.index_rows(rows.rows)
             # Rows beyond the spans are padding and belong to nobody.
-            padded = rows.index_R is None and len(hidden_TD) > self._num_tokens
+            padded = rows.are_all and len(hidden_TD) > self._num_tokens
             tokens_TD = hidden_TD[: self._num_tokens] if padded else hidden_TD
             copy = copies[id(rows)] = self._device.copy_to_host(tokens_TD, rows.index_R)
         return copy

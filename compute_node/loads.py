@@ -99,6 +99,13 @@ class Transfers(Protocol):
     def settle(self, loads: Sequence[Load]) -> None:
         """Blocks until the link has done with all chunks of these loads; none of them may be queued."""
 
+    def settle_expert(self, expert: ExpertId) -> None:
+        """Blocks until no chunk of the expert's blob is being handed to the link, of whatever load it was.
+
+        None of its loads may be queued. One that was paused, and whose slot was given up, may still have a chunk under
+        way that nobody knows any more. What was handed over before is waited for otherwise (`synchronize`).
+        """
+
     def next_issued(self, loads: Sequence[Load]) -> Load:
         """Blocks until one of `loads` is ISSUED, and returns the one that became so first; none may be PAUSED.
 

@@ -8,16 +8,22 @@ tell, and looks whether something came whenever the expert cache looks around.
 import threading
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Final
 
 from compute_node.layer_sample import LayerSample
 from compute_node.outgoing import QUEUE_CAPACITY, OutgoingEvent
-from promoe.errors import PromoeError, Unavailable
+from promoe.errors import DeadlineExceeded, PromoeError, Unavailable
 from promoe.hint import RequestsEnded, StepStart
 from promoe.packet_channel import PacketChannel
 
 MOST_MESSAGES_A_LOOK: Final = 64
 """A service that never stops must not keep the engine thread here."""
+
+
+MOST_ENDS_A_MESSAGE: Final = 1024
+MOST_ENDS_UNTOLD: Final = 1 << 16
+"""Requests that ended and that the service could not be told of; with more the session ends, which ends them all."""
 
 
 class PacketCarrier:
@@ -44,7 +50,7 @@ class PacketCarrier:
         self._lock = threading.Lock()
         self._failure: PromoeError | None = None
         self._is_closed = False
-        self._ended_ids: tuple[str, ...] = ()
+        self._ended_ids: deque[str] = deque()
         self._is_step_told = False
         self._num_heard = 0
         self._dropped_then = self._heard_then = 0
@@ -120,16 +126,29 @@ class PacketCarrier:
 
     def _send_one(self, event: OutgoingEvent) -> None:
         if isinstance(event, RequestsEnded):
-            # Told before the next step, and again until there is room: it must not be lost.
-            self._ended_ids += event.request_ids
+            # Told again until there is room: it must not be lost.
+            self._ended_ids.extend(event.request_ids)
+            self._tell_ends()
         elif isinstance(event, StepStart):
-            if self._ended_ids and self._transmit(RequestsEnded(self._ended_ids)):
-                self._ended_ids = ()
+            self._tell_ends()
             self._is_step_told = self._transmit(event)
         elif self._is_step_told and self._transmit(event):
             self.num_sent += 1
         else:
             self.num_dropped += 1
+
+    def _tell_ends(self) -> None:
+        ended_ids = self._ended_ids
+        while ended_ids and not self._is_over:
+            told = tuple(islice(ended_ids, MOST_ENDS_A_MESSAGE))
+            if not self._transmit(RequestsEnded(told)):
+                break
+            for _ in told:
+                ended_ids.popleft()
+        if len(ended_ids) > MOST_ENDS_UNTOLD:
+            self._fail(DeadlineExceeded(f"It could not be told of {len(ended_ids)} requests that have ended."))
+        if self._is_over:
+            ended_ids.clear()
 
     def _transmit(self, event: OutgoingEvent) -> bool:
         if self._is_over:

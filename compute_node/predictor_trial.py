@@ -45,11 +45,13 @@ class Trial:
 
     Attributes:
         connection, previous: see above.
+        is_renewed: it failed, there was nobody to go back to, and it has not come back since.
     """
 
     def __init__(self, connection: Connection, previous: str, times: TakeoverTimes) -> None:
         self.connection = connection
         self.previous = previous
+        self.is_renewed = False
         self._times = times
         self._began_s = self._heard_s = time.perf_counter()
         self._num_failures = self._num_faults = 0
@@ -57,6 +59,7 @@ class Trial:
 
     def renew(self) -> None:
         """It failed, and there was nobody to go back to: it has its time once more."""
+        self.is_renewed = True
         self._began_s = self._heard_s = time.perf_counter()
         self._num_failures, self._num_faults = self.connection.client.num_failures, self.connection.num_faults
 
@@ -70,6 +73,8 @@ class Trial:
             return f"{num_faults} of its hints made no sense"
         if self._gives_hints() and self._has_fallen_silent():
             return f"it was shown layers for {self._times.silence_s:g} s and gave no hint"
+        if client.active is not None:
+            self.is_renewed = False
         return None
 
     def is_passed(self) -> bool:

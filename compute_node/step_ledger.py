@@ -58,11 +58,13 @@ class StepLedger:
 
     Attributes:
         listeners: told of every step, in this order; set before the first one.
+        end_listeners: called after every forward pass, well or not: the host has waited for its logits.
         step: the running step's number, or the last one's; they count up from 1.
     """
 
     def __init__(self) -> None:
         self.listeners: tuple[StepListener, ...] = ()
+        self.end_listeners: tuple[Callable[[], None], ...] = ()
         self.step = 0
         self._spans: tuple[TokenSpan, ...] = ()
         self._uses: dict[str, RequestUse] = {}
@@ -88,6 +90,8 @@ class StepLedger:
     def end_step(self) -> None:
         """The forward pass is over."""
         self._spans = ()
+        for listener in self.end_listeners:
+            listener()
 
     def use_of(self, request_id: str) -> RequestUse:
         """The open request's counters (created on first use)."""

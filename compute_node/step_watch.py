@@ -61,6 +61,7 @@ class StepWatch:
         self.traces = TraceRecorder(spec.num_moe_layers, expert_cache.snapshot)
         self.maps = CacheMapRecorder(spec.num_moe_layers, spec.num_experts, expert_cache.resident_states)
         self.scores = HintScores(spec.num_moe_layers)
+        inbox.calibrate = self.scores.calibrated
         self._misses = MissWatch()
         self.takeovers: Takeovers | None = None
         samplers: tuple[LayerSampler, ...] = (self.traces,)
@@ -80,6 +81,9 @@ class StepWatch:
         """
         # The observer first: whether a step is traced is known before its first event.
         recorder.ledger.listeners = (self.observer.begin_step, self._expert_cache.begin_step)
+        # What leaves the last layer is on the host by now, and nobody looks again before the next step begins: too late
+        # for a hint about that step's first layers.
+        recorder.ledger.end_listeners = (lambda: self._inbox.flush(),)
         self._expert_cache.sinks += [recorder, self.scores, self._misses, self.maps, self.traces.record]
         install_hooks(loaded.model, layer_modules, self.observer, lambda _: self._expert_cache.notice())
 

@@ -185,8 +185,7 @@ class Takeovers:
         self._drain(incumbent)
 
     def _try_out(self, endpoint: str) -> Connection:
-        candidate = self.link.open(endpoint, self._news.set)
-        candidate.client.log.is_quiet = True
+        candidate = self.link.open(endpoint, self._news.set, is_quiet=True)
         self.link.roles = Roles(self.link.roles.incumbent, candidate)
         return candidate
 
@@ -278,8 +277,8 @@ class Takeovers:
             self._await_welcome(former)
         except PromoeError as error:
             self._let_go(former)
-            trial.renew()
-            if not self._closing.is_set():
+            # Said once: while both are away this is tried again and again.
+            if not trial.is_renewed and not self._closing.is_set():
                 logger.warning(
                     "The predictor at %s failed on trial (%s), and the one before it, at %s, cannot take over: %s",
                     failed.endpoint,
@@ -287,6 +286,7 @@ class Takeovers:
                     trial.previous,
                     error,
                 )
+            trial.renew()
             return
         self._switch(former, ITSELF, f"The predictor at {failed.endpoint} failed on trial: {failure}.", is_return=True)
         self._drain(failed)

@@ -16,6 +16,7 @@ from compute_node.load_queue import Chunk, ChunkSettings, LoadQueue
 from compute_node.loads import Load, LoadState
 from compute_node.transfer_stats import TransferStats
 from promoe.errors import PromoeError, Unavailable
+from promoe.ids import ExpertId
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,11 @@ class TransferEngine:
             self._condition.wait_for(lambda: self._closing or self._load_under_way() not in loads)
         for load in loads:
             load.ticket.wait_on_host()
+
+    def settle_expert(self, expert: ExpertId) -> None:
+        """See `Transfers`."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._closing or not self._is_under_way(expert))
 
     def next_issued(self, loads: Sequence[Load]) -> Load:
         """See `Transfers`.
@@ -199,3 +205,7 @@ class TransferEngine:
     def _load_under_way(self) -> Load | None:
         chunk = self._queue.chunk_under_way
         return None if chunk is None else chunk.load
+
+    def _is_under_way(self, expert: ExpertId) -> bool:
+        load = self._load_under_way()
+        return load is not None and load.expert == expert

@@ -31,6 +31,9 @@ PROCESS_EDGES: Final = frozenset(
         ("proto/promoe/threaded_rpc.py", "guarded"),
         # Every call of a predictor plug-in, which may be anybody's: it ends its session, never the service.
         ("predictor_service/session.py", "_guarded"),
+        # What a predictor says, and what is told to it, on the engine thread: a bug ends the session, never the node.
+        ("compute_node/conversation_client.py", "receive"),
+        ("compute_node/conversation_client.py", "encode_event"),
         ("predictor_service/service.py", "converse"),
         ("predictor_service/versions.py", "_try_out"),
         ("predictor_service/shadow/__main__.py", "main"),

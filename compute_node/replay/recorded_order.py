@@ -141,6 +141,9 @@ class RecordedTransfers:
     def settle(self, loads: Sequence[Load]) -> None:
         """See `Transfers`."""
 
+    def settle_expert(self, expert: ExpertId) -> None:
+        """See `Transfers`."""
+
     def next_issued(self, loads: Sequence[Load]) -> Load:
         """See `Transfers`; raises Parted when the run saw something else arrive."""
         event = self._order.peek()

@@ -2,6 +2,7 @@
 
 import threading
 import timeit
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
@@ -56,3 +57,11 @@ def test_draining_an_empty_inbox_costs_less_than_a_microsecond() -> None:
     inbox = HintInbox()
     runs = 20_000
     assert min(timeit.repeat(inbox.drain, number=runs, repeat=5)) / runs < 1e-6
+
+
+def test_scores_that_are_no_probabilities_are_made_some_by_who_drains() -> None:
+    inbox = HintInbox()
+    inbox.calibrate = lambda hint: replace(hint, scores=hint.scores / 2)
+    inbox.put(received(1))
+    inbox.put(replace(received(2), is_calibrated=False))
+    assert [float(item.hint.scores[0]) for item in inbox.drain()] == [1.0, 0.5]

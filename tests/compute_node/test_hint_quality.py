@@ -168,3 +168,13 @@ def test_a_duration_is_in_the_bucket_whose_bound_it_does_not_pass(duration_s: fl
     histogram = DurationCounts((1.0, 2.0))
     histogram.add(duration_s)
     assert histogram.counts.index(1) == bucket
+
+
+def test_an_order_becomes_probabilities_by_what_came_of_it_in_decoding() -> None:
+    scores = HintScores(NUM_LAYERS)
+    for step in range(1, 400):
+        hinted = scores.calibrated(hint((step, 2), (step, 0), [5, 0, 3]))
+        scores(step_event(step, is_prefill=step % 2 == 0))
+        scores(HintEvent(0.0, hinted, HintFate.TAKEN))
+        scores(layer_event((step, 2), {5, 0, 3} if step % 2 == 0 else {5}, set()))
+    assert scores.calibrated(hint((400, 2), (400, 0), [1, 2, 3])).scores.tolist() == pytest.approx([1, 0, 0], abs=0.1)

@@ -1,6 +1,6 @@
 """What a sampler gets of a step is what it asked for: the rows it is told of, as the layers saw them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +39,11 @@ class CountingDevice(CpuDevice):
     """A device that counts its copies."""
 
     num_copies = 0
+    num_indexed = 0
+
+    def index_rows(self, rows: Sequence[int]) -> torch.Tensor:
+        self.num_indexed += 1
+        return super().index_rows(rows)
 
     def copy_to_host(self, hidden_TD: torch.Tensor, index_R: torch.Tensor | None) -> HostCopy:
         self.num_copies += 1
@@ -168,6 +173,20 @@ def test_two_who_want_the_same_share_a_copy() -> None:
     assert device.num_copies == 2 * (NUM_LAYERS + 1)
     assert same[0].samples[0].hidden is same[1].samples[0].hidden
     assert other.samples[0].rows == (2,)
+
+
+def test_rows_are_indexed_where_layers_are_computed_and_once_a_step() -> None:
+    """Between two steps continuous batching is on another stream than in them, and nothing orders the one's work before
+    the other's: a layer would be gathered by numbers that are not there yet."""
+    device, sampler = CountingDevice(), Sampler(WantedSamples(2, True, True, False))
+    observer = observer_of(sampler, device=device)
+    spans = (StepSpan("r", 3, True),)
+    observer.begin_step(StepStart(1, spans))
+    assert device.num_indexed == 0
+    run_step(observer, 2, spans)
+    assert device.num_indexed == 1
+    run_step(observer, 3, (StepSpan("r", 2, True),))
+    assert device.num_indexed == 1, "all of them need no numbers"
 
 
 def test_a_step_without_tokens_is_nobodys() -> None:

@@ -10,7 +10,12 @@ import torch
 from compute_node.device.seam import HostCopy
 from compute_node.layer_sample import LayerSample
 from compute_node.outgoing import QUEUE_CAPACITY, OutgoingEvent
-from compute_node.packet_carrier import MOST_MESSAGES_A_LOOK, PacketCarrier
+from compute_node.packet_carrier import (
+    MOST_ENDS_A_MESSAGE,
+    MOST_ENDS_UNTOLD,
+    MOST_MESSAGES_A_LOOK,
+    PacketCarrier,
+)
 from promoe.errors import InvalidInput, Overloaded, PromoeError, Unavailable
 from promoe.hint import ObservedKind, RequestsEnded, StepStart
 from promoe.packet_channel import PacketChannel
@@ -78,13 +83,10 @@ def refusing(error: PromoeError) -> Callable[[bytes], None]:
     return refuse
 
 
-def test_events_go_out_at_once_and_ends_before_the_next_step(talk: Talk) -> None:
-    for event in (StepStart(1, ()), sample(1, 0), RequestsEnded(("a",)), sample(1, 1)):
+def test_events_go_out_at_once_and_in_their_order(talk: Talk) -> None:
+    for event in (StepStart(1, ()), sample(1, 0), sample(1, 1), RequestsEnded(("a", "b")), StepStart(2, ())):
         talk.carrier.send(event)
-    assert talk.came() == ["step 1", "layer 1.0", "layer 1.1"]
-    talk.carrier.send(RequestsEnded(("b",)))
-    talk.carrier.send(StepStart(2, ()))
-    assert talk.came() == ["ended a,b", "step 2"]
+    assert talk.came() == ["step 1", "layer 1.0", "layer 1.1", "ended a,b", "step 2"]
     assert (talk.carrier.num_sent, talk.carrier.num_dropped) == (2, 0)
 
 
@@ -125,6 +127,34 @@ def test_what_has_no_room_is_dropped_with_its_step_and_an_end_is_told_later(talk
     assert told == [f"r{number}" for number in range(1, step + 1)]
     begun = {message[5:] for message in came if message.startswith("step")}
     assert {message[6:].split(".")[0] for message in came if message.startswith("layer")} <= begun
+
+
+def test_ends_are_told_while_no_step_is_shown_and_many_of_them_in_parts(talk: Talk) -> None:
+    """While hardly any expert is missed no step is shown, for days perhaps: what is kept for one would only grow."""
+    talk.carrier.send(RequestsEnded(("a",)))
+    talk.carrier.send(RequestsEnded(("b",)))
+    assert talk.came() == ["ended a", "ended b"]
+    talk.carrier.send(RequestsEnded(tuple(map(str, range(MOST_ENDS_A_MESSAGE + 1)))))
+    assert [message.count(",") + 1 for message in talk.came()] == [MOST_ENDS_A_MESSAGE, 1]
+
+
+def test_a_service_that_cannot_be_told_of_ends_is_given_up_before_they_fill_the_memory(talk: Talk) -> None:
+    ids = tuple(f"request-{number}" for number in range(MOST_ENDS_A_MESSAGE))
+    for _ in range(2 * MOST_ENDS_UNTOLD // MOST_ENDS_A_MESSAGE + 500):
+        talk.carrier.send(RequestsEnded(ids))
+    assert len(talk.carrier._ended_ids) == 0
+    assert "could not be told" in str(talk.carrier.finish())
+
+
+def test_what_has_come_to_the_host_since_goes_out_when_asked_without_looking(talk: Talk) -> None:
+    copy = LateCopy()
+    for event in (StepStart(1, ()), sample(1, 0, copy)):
+        talk.carrier.send(event)
+    talk.carrier.flush()
+    assert talk.came() == ["step 1"]
+    copy.done = True
+    talk.carrier.flush()
+    assert talk.came() == ["layer 1.0"]
 
 
 def test_one_look_takes_a_bounded_number_of_messages(talk: Talk) -> None:

@@ -21,6 +21,7 @@ from promoe.ids import ExpertId
 from promoe.model_spec import Dtype, ExpertLayout
 from promoe.trace_events import HintEvent, HintFate, LayerEvent, LoadEvent, LoadReason, StepEvent, TraceEvent
 from tests.compute_node.expert_stack import ExpertStack, PlainArena, StackOptions, open_stack
+from tests.compute_node.held_links import DEADLINE_S, GatedLink
 
 NUM_LAYERS, NUM_EXPERTS, EXPERTS_PER_TOKEN = 4, 8, 2
 LAYOUT = ExpertLayout.of(Dtype.FLOAT32, {"gate_up_proj": (32, 32), "down_proj": (32, 16)})
@@ -35,10 +36,26 @@ def numbered_arena() -> PlainArena:
     return arena
 
 
+class GatedDevice(CpuDevice):
+    """Its copies return when the test says so."""
+
+    def __init__(self, link: GatedLink) -> None:
+        super().__init__()
+        self._link = link
+
+    def open_link(self) -> GatedLink:  # type: ignore[override]
+        return self._link
+
+
 @contextmanager
-def stack(policy: SchedulePolicy, slots: int, link_bytes_per_s: float | None = None) -> Iterator[ExpertStack]:
+def stack(
+    policy: SchedulePolicy, slots: int, link_bytes_per_s: float | None = None, device: CpuDevice | None = None
+) -> Iterator[ExpertStack]:
     options = StackOptions(
-        slots, device=CpuDevice(link_bytes_per_s), policy=policy, experts_per_token=EXPERTS_PER_TOKEN
+        slots,
+        device=device or CpuDevice(link_bytes_per_s),
+        policy=policy,
+        experts_per_token=EXPERTS_PER_TOKEN,
     )
     with open_stack(numbered_arena(), NUM_LAYERS, options) as opened:
         yield opened
@@ -235,6 +252,28 @@ def test_the_experts_that_are_not_needed_give_way_half_loaded_and_go_on_later() 
         use(opened, 1, [[6, 3]])
         assert opened.transfers.stats().uploaded_nbytes - before <= LAYOUT.blob_nbytes - paused[0].nbytes
         assert opened.expert_cache.prefetch_counters.late_nbytes == LAYOUT.blob_nbytes
+
+
+def test_a_blob_is_retired_when_the_chunk_of_a_load_that_was_given_up_has_ended() -> None:
+    """After it the arena may be unmapped under the copy, which would end the process."""
+    link = GatedLink()
+    with stack(POLICIES["promoe"], 4, device=GatedDevice(link)) as opened:
+        try:
+            begin(opened, 1)
+            opened.hints.put(ReceivedHint(hint(1, 1, [6], head=1), None))
+            opened.expert_cache.notice()
+            link.wait_for_copies(1)
+            opened.expert_cache.snapshot()  # gives up what is loaded for nobody
+            assert opened.expert_cache._table.find(ExpertId(1, 6)) is None
+            retirer = threading.Thread(target=opened.expert_cache.blob_retired, args=(ExpertId(1, 6),))
+            retirer.start()
+            retirer.join(0.05)
+            assert retirer.is_alive(), "the link reads the blob"
+            link.gate.release()
+            retirer.join(DEADLINE_S)
+            assert not retirer.is_alive()
+        finally:
+            link.gate.release(1000)
 
 
 def test_a_prefill_streams_its_next_layers() -> None:

@@ -107,6 +107,13 @@ class TestEvictions:
             assert score(slice(1, 2)).tolist() == score(ALL)[1:].tolist()
             assert score.of(ExpertId(1, 2)) == score(ALL)[1, 2]
 
+    def test_what_has_been_used_for_days_stays_the_most_used(self) -> None:
+        history = self.known()
+        history.uses.num_uses[0][:2] = [1 << 40, (1 << 23) + 1]
+        score = ScoresBy(eviction_named("lfu"), history)
+        assert score(ALL)[0].argsort().tolist() == [3, 2, 0, 1], "of the most used the one that was used last"
+        assert all(score.of(ExpertId(0, expert)) == score(ALL)[0, expert] for expert in range(4))
+
     @pytest.mark.parametrize("name", EVICTIONS)
     def test_a_load_changes_the_score_of_its_expert_only(self, name: str) -> None:
         """Which cannot be given up while it is loaded: so an order of the others still holds."""

@@ -43,3 +43,13 @@ def test_who_was_never_in_a_step_does_not_end() -> None:
     assert ledger.take("cancelled while it waited").decode.hits == 0
     ledger.begin_step([])
     assert log[0].ended_request_ids == ()
+
+
+def test_an_end_is_told_when_nobodys_rows_are_computed_any_more() -> None:
+    ledger, _ = ledger_with_log()
+    seen: list[tuple[TokenSpan, ...]] = []
+    ledger.end_listeners = (lambda: seen.append(ledger.spans),)
+    ledger.begin_step([TokenSpan("x", 3, Phase.PREFILL)])
+    assert seen == []
+    ledger.end_step()
+    assert seen == [()]

@@ -184,6 +184,29 @@ def test_pausing_does_not_wait_for_the_chunk_under_way_and_settling_does(nbytes:
         assert (running.state, running.copied_nbytes) == (state, 100)
 
 
+def test_a_chunk_that_nobody_knows_any_more_is_waited_for_by_its_expert() -> None:
+    """Its load was paused and its slot given up: what may not happen is that its source is unmapped meanwhile."""
+    link = GatedLink()
+    settled = threading.Event()
+    with engine(link) as transfers:
+        transfers.submit([forgotten := load(1, 200, reason=LoadReason.PREFETCH)])
+        link.wait_for_copies(1)
+        transfers.pause([forgotten])
+        transfers.settle_expert(ExpertId(0, 2))  # another's
+
+        def settle() -> None:
+            transfers.settle_expert(ExpertId(0, 1))
+            settled.set()
+
+        waiter = threading.Thread(target=settle)
+        waiter.start()
+        assert not settled.wait(0.05)
+        link.gate.release()
+        waiter.join(DEADLINE_S)
+        assert settled.is_set()
+        transfers.settle_expert(ExpertId(0, 1))
+
+
 def test_of_several_the_one_that_was_issued_first_is_next() -> None:
     link = RecordingLink()
     with held_engine(link, max_chunks_in_flight=9) as transfers:

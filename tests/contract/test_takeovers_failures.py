@@ -258,6 +258,12 @@ def test_when_both_are_gone_whoever_comes_first_is_taken(services: Services, cap
             old.kill()
             new.kill()
             wait_until(lambda: "cannot take over" in caplog.text)
+            failed = engine.link.roles.incumbent
+            assert failed is not None
+            tried_often = failed.client.num_failures + 5
+            wait_until(lambda: failed.client.num_failures > tried_often)  # noqa: B023
+            assert caplog.text.count("cannot take over") == 1, "it is tried again and again, and said once"
+            assert f"at {old.endpoint} is away" not in caplog.text, "who tries it out has said so"
             caplog.clear()
             num_hints = len(engine.hints_of(survivor))
             back = services.serve(survivor)
