@@ -60,10 +60,13 @@ class LearnerChild:
 
     def close(self) -> None:
         """Ends it: it goes when its control line ends, and is killed where it does not."""
-        self.feed.close()
-        self.control.close()
+        # Closing alone would not tell it: while a thread waits here for an answer, the connection stays open.
+        self.control.shut_down()
+        self.feed.shut_down()
         try:
             self.process.wait(_END_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.feed.close()
+        self.control.close()
