@@ -35,7 +35,7 @@ class LearnerChild:
         control, control_of_child = socket.socketpair()
         with feed_of_child, control_of_child:
             fds = (feed_of_child.fileno(), control_of_child.fileno())
-            command = [sys.executable, "-m", "predictor_service.learner", *settings, "--out", os.fspath(out)]
+            command = [sys.executable, "-P", "-m", "predictor_service.learner", *settings, "--out", os.fspath(out)]
             try:
                 self.process = subprocess.Popen(
                     [*command, "--feed-fd", str(fds[0]), "--control-fd", str(fds[1])],

@@ -20,7 +20,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
 
 from predictor_service.catalogue import Catalogue
 from predictor_service.registry import Registry
-from predictor_service.shadow.feed_client import Listener
+from predictor_service.shadow.feed_client import Listener, read_packet
 from promoe.config import SettingUnfit
 from promoe.errors import PromoeError, Unavailable
 from promoe.log_format import LogFormat
@@ -47,9 +47,12 @@ def listen(packets: PacketChannel, reports: socket.socket, listener: Listener) -
         if packet is not None:
             has_news = True
             try:
-                listener.hear(packet)
+                heard = read_packet(packet)
             except (PromoeError, ValueError) as error:
                 logger.debug("A packet is left out: %s", error)
+            else:
+                # What the candidate raises here ends it, as it would end the sessions of a service that it serves.
+                listener.hear(heard)
         if has_news and time.perf_counter() >= due_s:
             _send(reports, listener.report().encode())
             due_s, has_news = time.perf_counter() + REPORT_EVERY_S, False
