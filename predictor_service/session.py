@@ -262,7 +262,8 @@ class Session:
 
         if observation.step == self._step and num_rows and observation.rows[-1] >= self._num_tokens:
             raise InvalidInput(
-                f"An observation has row {observation.rows[-1]}; step {self._step} began with {self._num_tokens} tokens."
+                f"An observation has row {observation.rows[-1]}; step {self._step} began with {self._num_tokens} "
+                "tokens."
             )
 
     def _guarded(self, predictor: Predictor, call: Callable[[], _Result]) -> _Result:
