@@ -9,11 +9,13 @@ import logging
 import queue
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
+from predictor_service.artifact import SUFFIX
 from predictor_service.catalogue import Catalogue
 from predictor_service.feed import Feed
 from predictor_service.learner.child import LearnerChild
@@ -29,12 +31,12 @@ from predictor_service.learner.control import (
     Train,
     TrainingFailed,
 )
+from predictor_service.learners_stage import LearnersStage
 from predictor_service.registry import Registry
 from predictor_service.shadow.tally import ScoreReport
 from predictor_service.stage import Stage
-from predictor_service.version_log import Wish
 from promoe import predictor_versions
-from promoe.errors import DeadlineExceeded, InvalidInput, PromoeError, ResourceExhausted, Unavailable
+from promoe.errors import DeadlineExceeded, InvalidInput, PromoeError, Unavailable
 from promoe.hint import ObservedKind, PredictorVersion
 from promoe.predictor_versions import LearnerReport, VersionMetric
 
@@ -49,6 +51,7 @@ WISHES: Final = PredictorVersion(
 
 _STATUS_EVERY_S: Final = 2.0
 _ASK_S: Final = 60.0
+_LOOK_S: Final = 0.5
 _FIRST_RESTART_S: Final = 5.0
 _LAST_RESTART_S: Final = 300.0
 
@@ -90,13 +93,11 @@ class Learning:
         self._status: LearnerStatus | None = None
         self._news = ""
         self._restart_s = _FIRST_RESTART_S
+        self._is_asked = False
+        self._ask_at_s = time.perf_counter() + _STATUS_EVERY_S
         self._closing = threading.Event()
-        self._conductor = Conductor(
-            settings.config,
-            _LearnersStage(stage, registry, self._tell_news),
-            _Trainer(self._train),
-            self._name_candidate,
-        )
+        self._learners = LearnersStage(stage, registry, self._tell_news)
+        self._conductor = Conductor(settings.config, self._learners, _Trainer(self._train), self._name_candidate)
         self._thread = threading.Thread(target=self._run, name="learning", daemon=True)
 
     def start(self) -> None:
@@ -115,12 +116,13 @@ class Learning:
 
     def train(self, who: str, why: str) -> bool:
         """Trains as soon as it can be; False while a candidate is trained or tried already."""
-        wish = Wish(who, why)
+        if not who.strip():
+            raise InvalidInput("Nobody is named as the one who asks.")
 
         def ask() -> bool:
             if self._conductor.state is not LearnerState.GATHERING:
                 return False
-            name = self._conductor.train_now(wish.who, wish.why)
+            name = self._conductor.train_now(who, why)
             self._tell_news(f"{name} is trained, for {who}.")
             return True
 
@@ -143,8 +145,13 @@ class Learning:
         self._ask(ask)
 
     def step_aside(self, who: str, why: str) -> None:
-        """Somebody else disposes of the shadow."""
-        self._ask(lambda: self._conductor.step_aside(who, why))
+        """Somebody else has disposed of the shadow."""
+
+        def ask() -> None:
+            self._learners.leave_shadow()
+            self._conductor.step_aside(who, why)
+
+        self._ask(ask)
 
     def report(self) -> LearnerReport:
         """As it is now."""
@@ -166,16 +173,31 @@ class Learning:
     # ------------------------------------------------------------------ this object's thread
 
     def _run(self) -> None:
-        self._begin_child()
-        while not self._closing.is_set():
-            try:
-                event = self._events.get(timeout=_STATUS_EVERY_S)
-            except queue.Empty:
-                self._send(AskStatus())
-                continue
+        try:
+            self._begin_child()
+            while not self._closing.is_set():
+                self._await_event()
+        finally:
+            self._end_child()
+
+    def _await_event(self) -> None:
+        try:
+            event = self._events.get(timeout=max(0.0, self._ask_at_s - time.perf_counter()))
             if event is not None:
                 event()
-        self._end_child()
+        except queue.Empty:
+            pass
+        except (PromoeError, OSError) as error:
+            logger.warning("The learner goes on without it: %s", error)
+        if time.perf_counter() >= self._ask_at_s:  # however often something else happens
+            self._ask_at_s = time.perf_counter() + _STATUS_EVERY_S
+            self._ask_status()
+
+    def _ask_status(self) -> None:
+        """One question at a time: those that a process that hangs does not read would fill its socket, and block."""
+        if not self._is_asked:
+            self._is_asked = True
+            self._send(AskStatus())
 
     def _begin_child(self) -> None:
         try:
@@ -183,7 +205,7 @@ class Learning:
         except OSError as error:
             self._lose_child(f"The learner's process cannot be started ({error.strerror}).")
             return
-        self._child = child
+        self._child, self._is_asked = child, False
         announced = self._stage.versions.lineup.announced
         self._send(KnowVersions({announced.version: announced.observed}))
         if self._conductor.is_paused:
@@ -218,18 +240,22 @@ class Learning:
             return
         match answer:
             case LearnerStatus():
-                self._status = answer
+                self._status, self._is_asked = answer, False
                 self._conductor.gathered(answer.documents_seen, answer.documents)
             case CandidateTrained():
                 self._restart_s = _FIRST_RESTART_S
                 self._tell_news("A candidate was trained.")
                 self._conductor.trained(answer.path, answer.metrics)
-                Path(answer.path).unlink(missing_ok=True)
+                if not self._conductor.is_paused:  # else it waits there until the learner goes on
+                    Path(answer.path).unlink(missing_ok=True)
             case TrainingFailed():
                 self._tell_news(answer.sentence)
                 self._conductor.failed(answer.sentence)
 
     def _take_report(self, report: ScoreReport) -> None:
+        if self._stage.versions.canary is not None:
+            # Two versions make the hints, and somebody tries one of them: that goes first.
+            return
         for comparison in report.comparisons:
             self._conductor.step_compared(comparison)
         if report.ended:
@@ -239,19 +265,21 @@ class Learning:
         child = self._child
         if child is None:
             raise Unavailable("The learner's process is gone; it is started again.")
+        for former in Path(self._candidates.name).glob(f"*{SUFFIX}"):
+            former.unlink(missing_ok=True)
         child.send(Train(self._catalogue.artifact_path(base), name))
 
     def _name_candidate(self, active: str) -> str:
-        """`learned@2` ─► `learned@2.1`, or the next number that is free."""
+        """`learned@2` ─► `learned@2.1`, or the number after the largest."""
         name, _, version = active.partition("@")
         if self._catalogue.artifact_path(active) is None:
             name, version = "learned-here", "1"
         root = version.rpartition(".")[0] if version.rpartition(".")[2].isdecimal() and "." in version else version
-        taken = {info.version for info in self._catalogue.versions()}
-        number = 1
-        while f"{name}@{root}.{number}" in taken:
-            number += 1
-        return f"{name}@{root}.{number}"
+        # A number that was used is not used again, also where its version was removed.
+        used = {info.version for info in self._catalogue.versions()}
+        used |= {v for change in self._stage.versions.log.changes() for v in (change.after, change.version)}
+        numbers = [v.removeprefix(f"{name}@{root}.") for v in used if v.startswith(f"{name}@{root}.")]
+        return f"{name}@{root}.{1 + max((int(number) for number in numbers if number.isdecimal()), default=0)}"
 
     def _tell_news(self, news: str) -> None:
         self._news = news
@@ -284,7 +312,7 @@ class Learning:
             return
 
     def _ask(self, question: Callable[[], _Result]) -> _Result:
-        """Asks on this object's thread; raises what it raises, or DeadlineExceeded."""
+        """Asks on this object's thread; raises what it raises, DeadlineExceeded, or Unavailable when it has ended."""
         answers: queue.SimpleQueue[tuple[_Result | None, PromoeError | None]] = queue.SimpleQueue()
 
         def answer() -> None:
@@ -294,10 +322,16 @@ class Learning:
                 answers.put((None, error))
 
         self._events.put(answer)
-        try:
-            result, error = answers.get(timeout=_ASK_S)
-        except queue.Empty:
-            raise DeadlineExceeded(f"The learner did not answer within {_ASK_S:g} s.") from None
+        until_s = time.perf_counter() + _ASK_S
+        while True:
+            try:
+                result, error = answers.get(timeout=_LOOK_S)
+                break
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise Unavailable("The learner has ended.") from None
+                if time.perf_counter() > until_s:
+                    raise DeadlineExceeded(f"The learner did not answer within {_ASK_S:g} s.") from None
         if error is not None:
             raise error
         return result  # type: ignore[return-value]
@@ -311,44 +345,6 @@ class _Trainer:
 
     def train(self, base: str, name: str) -> None:
         self.begin(base, name)
-
-
-class _LearnersStage:
-    """See `learner.stage.Stage`: the service's versions, in the learner's name."""
-
-    def __init__(self, stage: Stage, registry: Registry, tell_news: Callable[[str], None]) -> None:
-        self._stage = stage
-        self._registry = registry
-        self._tell_news = tell_news
-
-    def active(self) -> str:
-        return self._stage.versions.active.version.version
-
-    def publish(self, path: str) -> str:
-        return str(self._registry.publish(Path(path)).name)
-
-    def set_shadow(self, version: str, who: str, why: str, numbers: Mapping[str, float]) -> None:
-        shadow = self._stage.versions.shadow
-        if shadow is not None:
-            raise ResourceExhausted(f"{shadow.version.version} looks on already, for somebody else.")
-        self._stage.set_shadow(version, _wish(who, why, numbers))
-        self._tell_news(f"{version} looks on: {why}.")
-
-    def clear_shadow(self, who: str, why: str, numbers: Mapping[str, float]) -> None:
-        self._stage.clear_shadow(_wish(who, why, numbers))
-        self._tell_news(f"{why}.")
-
-    def activate(self, version: str, who: str, why: str, numbers: Mapping[str, float], expected_active: str) -> None:
-        self._stage.activate(version, _wish(who, why, numbers, expected_active))
-        self._tell_news(f"{version} is active: {why}.")
-
-    def rollback(self, who: str, why: str, numbers: Mapping[str, float], expected_active: str) -> None:
-        self._stage.rollback(_wish(who, why, numbers, expected_active))
-        self._tell_news(f"{self.active()} is active again: {why}.")
-
-
-def _wish(who: str, why: str, numbers: Mapping[str, float], expected: str | None = None) -> Wish:
-    return Wish(who, why, expected, _metrics(numbers))
 
 
 def _metrics(numbers: Mapping[str, float]) -> tuple[VersionMetric, ...]:

@@ -11,7 +11,7 @@ import fcntl
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,9 +136,22 @@ class Registry:
         self.path_of(name).unlink(missing_ok=True)
         _flush(self.folder)
 
-    def prune(self, name: str, keep: int, in_use: frozenset[VersionName]) -> list[VersionName]:
-        """Deletes the oldest versions of a name beyond the newest `keep`, but none in use; returns those deleted."""
-        mine = [entry.name for entry in self.entries() if entry.name.name == name]
+    def prune(
+        self,
+        name: str,
+        keep: int,
+        in_use: frozenset[VersionName],
+        counts: Callable[[RegistryEntry], bool] = lambda _: True,
+    ) -> list[VersionName]:
+        """Deletes the oldest versions of a name beyond the newest `keep`, but none in use; returns those deleted.
+
+        Args:
+            name: of the versions.
+            keep: how many stay.
+            in_use: that stay, however old.
+            counts: those that do not are left alone.
+        """
+        mine = [entry.name for entry in self.entries() if entry.name.name == name and counts(entry)]
         doomed = [version for version in mine[: max(0, len(mine) - keep)] if version not in in_use]
         for version in doomed:
             self._path(version).unlink(missing_ok=True)

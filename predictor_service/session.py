@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Final, TypeVar
 
 import numpy as np
@@ -94,7 +95,7 @@ class Session:
         # What the node was told of lately, by the active version: it samples a step as the welcome says that it has
         # read.
         self._announced = {self._version.version: self._newest}
-        self._step = 0
+        self._step = self._num_tokens = 0
         self._active = self._opened(self._lineup.active)
         self._canary = None if self._lineup.canary is None else self._opened(self._lineup.canary.predictor)
         # Who predicts the running step, each for its part of it.
@@ -128,7 +129,7 @@ class Session:
             raise InvalidInput(
                 f"Step {start.step} is sampled for {start.version}; announced were {', '.join(self._announced)}."
             )
-        self._step = start.step
+        self._step, self._num_tokens = start.step, start.num_tokens
         if lineup is not self._lineup:
             self._go_on_with(lineup)
         self._begin_parts(start)
@@ -232,10 +233,11 @@ class Session:
             raise InvalidInput(
                 f"An observation is of MoE layer {observation.layer}; {spec.name} has {spec.num_moe_layers}."
             )
-        if num_rows > self.max_rows or any(row >= observation.num_tokens for row in observation.rows):
+        ascend = all(row < later for row, later in pairwise((*observation.rows, observation.num_tokens)))
+        if num_rows > self.max_rows or not ascend:
             raise InvalidInput(
                 f"An observation has {num_rows} rows {observation.rows[: self.max_rows]} of {observation.num_tokens} "
-                f"tokens; allowed: {self.max_rows} rows, each a token of the step."
+                f"tokens; allowed: {self.max_rows} rows, each a token of the step, in their order."
             )
         hidden_RD = observation.hidden_RD
         wants_hidden = self._version.observed is not ObservedKind.NONE
@@ -257,6 +259,12 @@ class Session:
                 raise InvalidInput(
                     f"A routing has the shape {ids_RK.shape}; expected ({num_rows}, {spec.experts_per_token})."
                 )
+
+        if observation.step == self._step and num_rows and observation.rows[-1] >= self._num_tokens:
+            raise InvalidInput(
+                f"An observation has row {observation.rows[-1]}; step {self._step} began with {self._num_tokens} "
+                "tokens."
+            )
 
     def _guarded(self, predictor: Predictor, call: Callable[[], _Result]) -> _Result:
         version = predictor.version.version

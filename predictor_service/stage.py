@@ -81,14 +81,14 @@ class Stage:
             if canary_share is not None:
                 return self.versions.activate_canary(version, canary_share, wish)
             change = self.versions.activate(version, wish)
-            self._settle()
+            self._settle_what_is_done()
             return change
 
     def rollback(self, wish: Wish) -> VersionChange:
         """See `Versions.rollback`."""
         with self._staging:
             change = self.versions.rollback(wish)
-            self._settle()
+            self._settle_what_is_done()
             return change
 
     def set_shadow(self, version: str, wish: Wish) -> VersionChange | None:
@@ -98,15 +98,17 @@ class Stage:
             PromoeError: see `Versions.set_shadow` and `ShadowProcess`; nothing has changed then.
         """
         with self._staging:
-            change = self.versions.set_shadow(version, wish, self._begin)
-            self._settle()
-            return change
+            self._check_open()
+            try:
+                return self.versions.set_shadow(version, wish, self._begin)
+            finally:  # also where it could not be written down: then what was begun is not wanted
+                self._settle_what_is_done()
 
     def clear_shadow(self, wish: Wish) -> VersionChange | None:
         """Nobody looks on any more; None when nobody did."""
         with self._staging:
             change = self.versions.clear_shadow(wish)
-            self._settle()
+            self._settle_what_is_done()
             return change
 
     @contextmanager
@@ -117,8 +119,7 @@ class Stage:
             PromoeError: see `ShadowProcess`.
         """
         with self._staging:
-            if self._is_closed:
-                raise Unavailable("The predictor service is shutting down.")
+            self._check_open()
             self._num_watchers += 1
             try:
                 self._settle()
@@ -130,7 +131,7 @@ class Stage:
         finally:
             with self._staging:
                 self._num_watchers -= 1
-                self._settle()
+                self._settle_what_is_done()
 
     def report(self) -> QualityReport:
         """As it is now."""
@@ -173,16 +174,29 @@ class Stage:
     # ------------------------------------------------------------------ the process, under `_staging`
 
     def _settle(self) -> None:
-        """Runs the process that is wanted now, and no other."""
+        """Runs the process that is wanted now, and no other; raises what keeps it from running."""
         shadow = self.versions.shadow
         wanted = None if shadow is None else shadow.version.version
-        if wanted is None and self._num_watchers and not self._is_closed:
+        if wanted is None and self._num_watchers:
             wanted = ""
-        if wanted is None:
+        if self._process is not None and (self._is_closed or self._process.version != wanted):
             self._end()
-        elif self._process is None or self._process.version != wanted:
-            self._start(wanted)
-        self.versions.show_more(is_scored=self._process is not None)
+        try:
+            if self._process is None and wanted is not None and not self._is_closed:
+                self._start(wanted)
+        finally:
+            self.versions.show_more(is_scored=self._process is not None)
+
+    def _settle_what_is_done(self) -> None:
+        """A change that was made and written down stands, whatever becomes of who scores it."""
+        try:
+            self._settle()
+        except PromoeError as error:
+            logger.warning("Nothing is scored for now: %s", error)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise Unavailable("The predictor service is shutting down.")
 
     def _begin(self, candidate: Predictor) -> None:
         self._start(candidate.version.version)
@@ -191,13 +205,7 @@ class Stage:
         """In place of the one that runs, once it listens."""
         with self._counting:
             self._faults.pop(version, None)
-        process = ShadowProcess(
-            self._source,
-            version,
-            self._feed,
-            lambda report: self._take(process, report),
-            lambda problem: self._fail(process, problem),
-        )
+        process = ShadowProcess(self._source, version, self._feed, self._take, self._fail)
         self._end()
         with self._counting:
             self._process, self._gain, self._began_s = process, _Gain(), time.perf_counter()
@@ -236,10 +244,10 @@ class Stage:
         with self._staging:
             if process is not self._process:
                 return
+            self._end()
             try:
                 if process.version:
                     self.versions.clear_shadow(Wish("the service", problem))
-                self._end()
                 self._settle()
             except PromoeError as error:
                 logger.warning("%s", error)

@@ -1,5 +1,6 @@
 """The part of a step that belongs to some of its requests, as if they had been alone in it."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,35 +19,41 @@ class StepShare:
 
     def __init__(self, whole: StepStart, takes: Callable[[str], bool] | None = None) -> None:
         self.start = whole
-        # By row of the whole step: which row of the part it is.
-        self._row_of: dict[int, int] | None = None
+        self._is_whole = True
         if takes is None:
             return
         spans: list[StepSpan] = []
-        row_of: dict[int, int] = {}
-        row = 0
+        # Of each span of the whole step: the row behind it, and by how much its rows are fewer in the part, or None.
+        # Never a thing per row: a node may say that a prompt has any number of tokens.
+        self._ends: list[int] = []
+        self._shifts: list[int | None] = []
+        end = left_out = 0
         for span in whole.spans:
-            if takes(span.request_id):
+            end += span.num_tokens
+            is_taken = takes(span.request_id)
+            self._ends.append(end)
+            self._shifts.append(left_out if is_taken else None)
+            if is_taken:
                 spans.append(span)
-                rows = range(row, row + span.num_tokens)
-                row_of.update(zip(rows, range(len(row_of), len(row_of) + len(rows)), strict=True))
-            row += span.num_tokens
+            else:
+                left_out += span.num_tokens
         if len(spans) < len(whole.spans):
             self.start = replace(whole, spans=tuple(spans))
-            self._row_of = row_of
+            self._is_whole = False
 
     def of(self, observation: Observation) -> Observation | None:
         """What this part's rows are in it; None when none of them were sampled."""
-        if self._row_of is None:
+        if self._is_whole:
             return observation
-        places = [place for place, row in enumerate(observation.rows) if row in self._row_of]
+        rows_of_part = [self._row_of(row) for row in observation.rows]
+        places = [place for place, row in enumerate(rows_of_part) if row is not None]
         if not places:
             return None
         hidden_RD = observation.hidden_RD
         places_R = np.array(places, np.intp)
         return replace(
             observation,
-            rows=tuple(self._row_of[observation.rows[place]] for place in places),
+            rows=tuple(row for row in rows_of_part if row is not None),
             num_tokens=self.start.num_tokens,
             hidden_RD=None if hidden_RD is None else hidden_RD[places_R],
             routings=tuple(
@@ -54,3 +61,9 @@ class StepShare:
                 for routing in observation.routings
             ),
         )
+
+    def _row_of(self, row: int) -> int | None:
+        """In the part; None for another part's, and for one that the step does not have."""
+        span = bisect_right(self._ends, row)
+        shift = self._shifts[span] if span < len(self._shifts) else None
+        return None if shift is None else row - shift

@@ -38,6 +38,11 @@ class Slow(Echo):
         return super().observe(observation)
 
 
+class Hanging(Echo):
+    def observe(self, observation):
+        time.sleep(1e6)
+
+
 class Failing(Echo):
     def observe(self, observation):
         if observation.layer == 2:
@@ -52,6 +57,7 @@ def failing_factory(source):
 ENTRY_POINTS = """[promoe.predictors]
 echo = echo_plugin:Echo
 slow = echo_plugin:Slow
+hanging = echo_plugin:Hanging
 failing = echo_plugin:Failing
 unmade = echo_plugin:failing_factory
 lost = no_such_module:Echo

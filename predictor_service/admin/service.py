@@ -72,15 +72,15 @@ class PredictorAdminService(pb_grpc.PredictorAdminServicer):
     def SetShadow(self, request: pb.SetShadowRequest, context: grpc.ServicerContext) -> pb.SetShadowResponse:
         """Loads, tries out, starts its process, writes down."""
         wish = Wish(request.who, request.why)
-        self._step_aside(wish)
         change = self._stage.set_shadow(request.version, wish)
+        self._step_aside(wish)
         return pb.SetShadowResponse(change=None if change is None else encode_message(change, pb.VersionChange))
 
     def ClearShadow(self, request: pb.ClearShadowRequest, context: grpc.ServicerContext) -> pb.ClearShadowResponse:
         """Writes down, ends its process."""
         wish = Wish(request.who, request.why)
-        self._step_aside(wish)
         change = self._stage.clear_shadow(wish)
+        self._step_aside(wish)
         return pb.ClearShadowResponse(change=None if change is None else encode_message(change, pb.VersionChange))
 
     def WatchQuality(
@@ -126,6 +126,7 @@ class PredictorAdminService(pb_grpc.PredictorAdminServicer):
         return self._learning
 
     def _step_aside(self, wish: Wish) -> None:
+        """Once it is done: a wish that cannot be had must not cost the learner what it compares."""
         if self._learning is not None:
             self._learning.step_aside(wish.who, wish.why)
 

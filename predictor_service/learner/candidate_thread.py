@@ -11,6 +11,7 @@ from predictor_service.learner.config import LearnerConfig
 from predictor_service.learner.control import CandidateTrained, Train, TrainingFailed
 from predictor_service.learner.document import Document
 from predictor_service.learner.reservoir import DocumentBlocks
+from predictor_service.learner.stage import SERVED_TRAFFIC, SOURCE_KEY
 from predictor_service.registry import VersionName
 from promoe.errors import InvalidInput, PromoeError
 from promoe.hint import ObservedKind
@@ -138,7 +139,7 @@ class CandidateThread:
                 "documents": len(documents),
                 "tokens": sum(len(document.tokens) for document in documents),
                 "held_out_share": config.held_out_share,
-                "source": "served traffic",
+                SOURCE_KEY: SERVED_TRAFFIC,
             },
         )
 

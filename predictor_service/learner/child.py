@@ -35,7 +35,7 @@ class LearnerChild:
         control, control_of_child = socket.socketpair()
         with feed_of_child, control_of_child:
             fds = (feed_of_child.fileno(), control_of_child.fileno())
-            command = [sys.executable, "-m", "predictor_service.learner", *settings, "--out", os.fspath(out)]
+            command = [sys.executable, "-P", "-m", "predictor_service.learner", *settings, "--out", os.fspath(out)]
             try:
                 self.process = subprocess.Popen(
                     [*command, "--feed-fd", str(fds[0]), "--control-fd", str(fds[1])],
@@ -60,10 +60,13 @@ class LearnerChild:
 
     def close(self) -> None:
         """Ends it: it goes when its control line ends, and is killed where it does not."""
-        self.feed.close()
-        self.control.close()
+        # Closing alone would not tell it: while a thread waits here for an answer, the connection stays open.
+        self.control.shut_down()
+        self.feed.shut_down()
         try:
             self.process.wait(_END_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.feed.close()
+        self.control.close()

@@ -106,13 +106,18 @@ class Conductor:
         since = self._documents_at_training
         is_due = since is None or documents_seen - since >= self._config.documents_between_trainings
         if is_due and documents_held >= self._config.min_documents:
-            self._train(LEARNER, _ENOUGH_DOCUMENTS)
+            try:
+                self._train(LEARNER, _ENOUGH_DOCUMENTS)
+            except PromoeError as error:
+                logger.warning("No candidate can be trained: %s", error)
+                self._gather()
 
     def train_now(self, who: str, why: str) -> str:
         """Trains at once, whatever has been gathered; returns the candidate's name.
 
         Raises:
             InvalidInput: the learner is paused, or is at something else.
+            PromoeError: what trains is not there; then it gathers on.
         """
         if self._is_paused:
             raise InvalidInput("The learner is paused; resume it first.")
@@ -181,9 +186,9 @@ class Conductor:
         self._base = self._stage.active()
         name = self._name_candidate(self._base)
         logger.info("%s is trained from %s, for %s: %s.", name, self._base, who, why)
+        self._training.train(self._base, name)
         self._documents_at_training = self._documents_seen
         self._state = LearnerState.TRAINING
-        self._training.train(self._base, name)
         return name
 
     def _judge_documents(self, differences: Iterable[float]) -> None:

@@ -216,6 +216,13 @@ class ControlLines:
             raise InvalidInput(f"A line is longer than {_MOST_LINE_NBYTES} bytes.")
         yield from lines
 
+    def shut_down(self) -> None:
+        """Tells the other side, and wakes whoever receives here; allowed from any thread, and twice."""
+        try:
+            self._connection.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the other side was quicker
+            return
+
     def close(self) -> None:
         """Nothing is sent or received any more."""
         self._connection.close()

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
 
 from predictor_service.catalogue import Catalogue
 from predictor_service.registry import Registry
-from predictor_service.shadow.feed_client import Listener
+from predictor_service.shadow.feed_client import Listener, read_packet
 from promoe.config import SettingUnfit
 from promoe.errors import PromoeError, Unavailable
 from promoe.log_format import LogFormat
@@ -47,9 +48,12 @@ def listen(packets: PacketChannel, reports: socket.socket, listener: Listener) -
         if packet is not None:
             has_news = True
             try:
-                listener.hear(packet)
+                heard = read_packet(packet)
             except (PromoeError, ValueError) as error:
                 logger.debug("A packet is left out: %s", error)
+            else:
+                # What the candidate raises here ends it, as it would end the sessions of a service that it serves.
+                listener.hear(heard)
         if has_news and time.perf_counter() >= due_s:
             _send(reports, listener.report().encode())
             due_s, has_news = time.perf_counter() + REPORT_EVERY_S, False
@@ -75,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.nice(_NICENESS)
     packets = PacketChannel(socket.socket(fileno=options.packets_fd))
     reports = socket.socket(fileno=options.reports_fd)
+    threading.Thread(target=_end_with_service, args=(reports,), name="end", daemon=True).start()
     try:
         spec = PackManifest.read(options.pack).spec
         catalogue = Catalogue(spec, options.pack, Registry(options.registry) if options.registry else None)
@@ -88,6 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.error("The candidate failed.", exc_info=error)
         return _fail(reports, f"{options.version} failed ({type(error).__name__}); the log has the details.")
     return 0
+
+
+def _end_with_service(reports: socket.socket) -> None:
+    """Also while the candidate computes without end: a service that was killed ends nothing that hangs."""
+    try:
+        while reports.recv(1):
+            continue
+    except OSError:  # as good as the end
+        pass
+    os._exit(0)
 
 
 def _fail(reports: socket.socket, reason: str) -> int:

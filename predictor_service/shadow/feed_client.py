@@ -5,15 +5,17 @@ Packets may be missing: what follows on what was not heard is left out, never gu
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from predictor_service.feed import Overheard
 from predictor_service.predictor import Predictor, PredictorSession
 from predictor_service.shadow.step_scorer import StepScorer
 from predictor_service.shadow.tally import MOST_TALLIES, ScoreReport, StepComparison, VersionTally
-from promoe.hint import Hint, Observation, ObservedKind
+from promoe.hint import Hint, Observation, ObservedKind, RequestsEnded, StepStart
 from promoe.hint_wire import decode_hint, decode_observation, decode_requests_ended, decode_step_start
 from promoe.v1 import predictor_pb2 as pb
 
@@ -22,6 +24,46 @@ MOST_SESSIONS: Final = 256
 
 _MOST_COMPARISONS: Final = 4096
 """That wait for the next report."""
+
+
+@dataclass(frozen=True)
+class HeardPacket:
+    """What a packet says.
+
+    Attributes:
+        session: whose.
+        event: what the node said; None where that is nothing to a shadow.
+        hints: what it was answered.
+        is_end: the session is over.
+    """
+
+    session: int
+    event: StepStart | Observation | RequestsEnded | None
+    hints: tuple[Hint, ...]
+    is_end: bool
+
+
+def read_packet(packet: bytes) -> HeardPacket:
+    """Raises InvalidInput or ValueError for what is none of the feed's."""
+    overheard = Overheard.decode(packet)
+    try:
+        said = pb.PredictRequest.FromString(overheard.said)
+        answer = pb.PredictResponse.FromString(overheard.answer)
+    except DecodeError as error:
+        raise ValueError("a packet's messages cannot be decoded") from error
+    hints = tuple(decode_hint(hint) for hint in answer.hints.hints)
+    return HeardPacket(overheard.session, _event_of(said), hints, is_end=not overheard.said)
+
+
+def _event_of(said: pb.PredictRequest) -> StepStart | Observation | RequestsEnded | None:
+    match said.WhichOneof("event"):
+        case "step_start":
+            return decode_step_start(said.step_start)
+        case "observation":
+            return decode_observation(said.observation)
+        case "requests_ended":
+            return decode_requests_ended(said.requests_ended)
+    return None
 
 
 class Listener:
@@ -38,26 +80,16 @@ class Listener:
         self._ended: list[str] = []
         self._sessions: dict[int, _Heard] = {}
 
-    def hear(self, packet: bytes) -> None:
-        """Takes one packet.
-
-        Raises:
-            InvalidInput, ValueError: it is none of the feed's.
-        """
-        overheard = Overheard.decode(packet)
-        if not overheard.said:
-            gone = self._sessions.pop(overheard.session, None)
+    def hear(self, heard: HeardPacket) -> None:
+        """Takes one packet; raises what the candidate raises, which is then no candidate."""
+        if heard.is_end:
+            gone = self._sessions.pop(heard.session, None)
             if gone is not None:
                 gone.scorer.end_step()
             return
-        try:
-            said = pb.PredictRequest.FromString(overheard.said)
-            answer = pb.PredictResponse.FromString(overheard.answer)
-        except DecodeError as error:
-            raise ValueError("a packet's messages cannot be decoded") from error
-        if said.HasField("requests_ended") and len(self._ended) < _MOST_COMPARISONS:
-            self._ended += said.requests_ended.request_ids
-        self._session(overheard.session).hear(said, [decode_hint(hint) for hint in answer.hints.hints])
+        if isinstance(heard.event, RequestsEnded) and len(self._ended) < _MOST_COMPARISONS:
+            self._ended += heard.event.request_ids
+        self._session(heard.session).hear(heard.event, heard.hints)
 
     def report(self) -> ScoreReport:
         """Everything counted so far, and the comparisons since the report before."""
@@ -100,27 +132,28 @@ class _Heard:
         self._tally_of = tally_of
         self._step = 0
 
-    def hear(self, said: pb.PredictRequest, hints: list[Hint]) -> None:
-        match said.WhichOneof("event"):
-            case "step_start":
-                start = decode_step_start(said.step_start)
-                self._step = start.step
-                self.scorer.begin_step(start)
+    def hear(self, event: StepStart | Observation | RequestsEnded | None, hints: Sequence[Hint]) -> None:
+        match event:
+            case StepStart():
+                self._step = event.step
+                self.scorer.begin_step(event)
                 if self._predictions is not None:
-                    self._predictions.begin_step(start)
-            case "observation":
-                observation = decode_observation(said.observation)
-                self.scorer.observe(observation, [*hints, *self._predict(observation)])
-            case "requests_ended":
+                    self._predictions.begin_step(event)
+            case Observation():
+                self.scorer.observe(event, [*hints, *self._predict(event)])
+            case RequestsEnded():
                 if self._predictions is not None:
-                    self._predictions.end_requests(decode_requests_ended(said.requests_ended).request_ids)
+                    self._predictions.end_requests(event.request_ids)
 
     def _predict(self, observation: Observation) -> Sequence[Hint]:
         """The candidate's hints; processor time, since this process gives way to others."""
         candidate, predictions = self._candidate, self._predictions
         if candidate is None or predictions is None or observation.step != self._step:
             return ()
-        if observation.hidden_RD is None and candidate.version.observed is not ObservedKind.NONE:
+        hidden_RD = observation.hidden_RD
+        if hidden_RD is None and candidate.version.observed is not ObservedKind.NONE:
+            return ()
+        if hidden_RD is not None and not np.isfinite(hidden_RD).all():  # the service shows it to nobody either
             return ()
         begin_s = time.thread_time()
         hints = predictions.observe(observation)

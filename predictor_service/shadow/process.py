@@ -53,8 +53,8 @@ class ShadowProcess:
         source: ShadowSource,
         version: str,
         feed: Feed,
-        reported: Callable[[ScoreReport], None],
-        failed: Callable[[str], None],
+        reported: Callable[["ShadowProcess", ScoreReport], None],
+        failed: Callable[["ShadowProcess", str], None],
     ) -> None:
         self.version = version
         self._feed = feed
@@ -86,17 +86,21 @@ class ShadowProcess:
         """Ends it; closing twice is allowed."""
         self._closing.set()
         self._feed.remove(self._packets)
-        self._packets.shut_down()
-        try:
-            self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._await_end()
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._lines.close()
         self._reports.close()
         self._packets.close()
+
+    def _await_end(self) -> int:
+        """Its exit status: it ends when its packets do, and is killed where it does not."""
+        self._packets.shut_down()
+        try:
+            return self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
     def _await_listening(self) -> None:
         self._reports.settimeout(_START_S)
@@ -124,16 +128,16 @@ class ShadowProcess:
                 problem = str(document["failed"])
                 continue
             try:
-                self._reported(ScoreReport.decode(document))
+                self._reported(self, ScoreReport.decode(document))
             except (ValueError, KeyError, TypeError) as error:
                 logger.warning("A shadow's report cannot be understood: %s", error)
         if self._closing.is_set():
             return
         self._feed.remove(self._packets)
-        status = self._process.wait()
+        status = self._await_end()
         problem = problem or f"its process ended with status {status}"
         logger.warning("The shadow %s looks on no more: %s", self.version, problem)
-        self._failed(problem)
+        self._failed(self, problem)
 
 
 def _launch(source: ShadowSource, version: str, packets_fd: int, reports_fd: int) -> "subprocess.Popen[bytes]":

@@ -77,7 +77,7 @@ def test_other_distributions_plugins_are_found_on_the_import_path(
     before = installed_predictors().keys()
     assert "echo" not in before
     monkeypatch.syspath_prepend(install_plugins(tmp_path))
-    assert installed_predictors().keys() == {*before, "echo", "slow", "failing", "unmade", "lost"}
+    assert installed_predictors().keys() == {*before, "echo", "slow", "hanging", "failing", "unmade", "lost"}
     assert list(installed_predictors()) == sorted(installed_predictors())
     assert make_predictor("echo", source_of(make_spec())).version.version == "echo@7"
     with pytest.raises(SettingUnfit, match="no_such_module:Echo cannot be loaded: No module named"):

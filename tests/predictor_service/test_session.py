@@ -92,6 +92,9 @@ def test_the_output_of_the_last_layer_is_an_observation_too() -> None:
     [
         (Observation(1, 0, (0, 1, 2), 9), r"3 rows \(0, 1\) of 9 tokens; allowed: 2 rows"),
         (Observation(1, 0, (0, 5), 5), "each a token of the step"),
+        (Observation(1, 0, (1, 0), 5), "in their order"),
+        (Observation(1, 0, (0, 0), 5), "in their order"),
+        (Observation(1, 0, (0, 4), 5), "row 4; step 1 began with 1 tokens"),
         (Observation(1, 0, (0,), 1, np.ones((1, 5), np.float32)), r"shape \(1, 5\); expected \(1, 4\)"),
         (Observation(1, 0, (0,), 1, None, (LayerRouting(3, IDS_RK),)), "routing of MoE layer 3"),
         (Observation(1, 0, (0,), 1, None, (LayerRouting(0, IDS_RK + 6),)), "experts up to 8; made up has 3 MoE layers"),

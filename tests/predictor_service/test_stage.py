@@ -17,12 +17,12 @@ from predictor_service.shadow.tally import StepComparison
 from predictor_service.stage import Stage
 from predictor_service.version_log import VersionLog, Wish
 from predictor_service.versions import Versions
-from promoe.errors import InternalError, Unavailable
+from promoe.errors import InternalError, ResourceExhausted, Unavailable
 from promoe.hint import LayerRouting, Observation, ObservedKind, StepSpan, StepStart
 from promoe.hint_wire import encode_hint, encode_observation, encode_step_start
 from promoe.model_spec import Dtype
 from promoe.pack_manifest import PackManifest
-from promoe.predictor_versions import QualityReport, VersionAction, VersionState
+from promoe.predictor_versions import QualityReport, VersionAction, VersionChange, VersionState
 from promoe.v1 import predictor_pb2 as pb
 from tests.packs import write_synthetic_pack
 from tests.predictor_service.test_versions import NamedPredictor
@@ -155,6 +155,44 @@ def test_a_shadow_that_cannot_be_had_by_its_process_changes_nothing(service: Ser
     assert service.versions.shadow is None
     assert not service.feed.has_listeners
     assert service.versions.log.changes() == []
+
+
+class FullLog(VersionLog):
+    """On a disk without room."""
+
+    def add(self, action: VersionAction, before: str, after: str, wish: Wish, version: str = "") -> VersionChange:
+        raise ResourceExhausted("No space left on device.")
+
+
+def test_a_shadow_that_cannot_be_written_down_leaves_nothing_running(service: Service) -> None:
+    service.versions.log = FullLog(None, "s")
+    with pytest.raises(ResourceExhausted):
+        service.stage.set_shadow("frequency", ANN)
+    assert service.versions.shadow is None
+    assert service.stage._process is None
+    assert not service.feed.has_listeners
+    assert not service.versions.lineup.is_scored
+
+
+def test_a_change_stands_whatever_becomes_of_who_scores_it(service: Service, tmp_path: Path) -> None:
+    service.stage.set_shadow("frequency", ANN)
+    with service.stage.watching():
+        service.stage._source = ShadowSource(tmp_path / "no pack", None)
+        assert service.stage.activate("frequency", ANN) is not None
+        assert service.versions.active.version.version == "frequency@1"
+        assert not service.feed.has_listeners
+        assert not service.versions.lineup.is_scored
+
+
+def test_a_stage_that_is_closed_starts_nothing_any_more(service: Service) -> None:
+    service.stage.set_shadow("frequency", ANN)
+    with service.stage.watching():
+        service.stage.close()
+    assert not service.feed.has_listeners
+    service.stage.activate("none", ANN)
+    assert not service.feed.has_listeners
+    with pytest.raises(Unavailable):
+        service.stage.set_shadow("frequency", ANN)
 
 
 def test_a_stage_that_is_closed_scores_nothing(service: Service) -> None:

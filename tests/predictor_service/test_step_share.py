@@ -67,6 +67,15 @@ def test_two_parts_have_every_row_once_and_in_order(lengths: list[int], data: st
     assert sorted(seen) == list(rows)
 
 
+def test_a_step_of_any_number_of_tokens_takes_no_more_memory() -> None:
+    start = StepStart(1, (StepSpan("r0", (1 << 32) - 1, True), StepSpan("r1", 1, False)))
+    share = StepShare(start, even)
+    rows = (5, start.num_tokens - 1)
+    part = share.of(Observation(1, 0, rows, start.num_tokens))
+    assert part is not None
+    assert (part.rows, part.num_tokens) == ((5,), (1 << 32) - 1)
+
+
 def rows_alone(start: StepStart, rows: tuple[int, ...], takes: Callable[[str], bool]) -> list[tuple[int, int]]:
     """The oracle: of the chosen requests' sampled rows, the number in the whole step and among their own."""
     owners = [span.request_id for span in start.spans for _ in range(span.num_tokens)]

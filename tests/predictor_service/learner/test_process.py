@@ -3,7 +3,9 @@
 import os
 import signal
 import stat
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -187,6 +189,23 @@ def test_killed_it_is_missed_by_nobody_and_a_new_one_goes_on(pack: Path, tmp_pat
     finally:
         again.child.close()
     assert again.child.process.returncode == 0, "it ends with the one who started it"
+
+
+def test_it_ends_by_itself_while_somebody_waits_for_an_answer(running: Running) -> None:
+    running.status()
+    waiting = threading.Event()
+
+    def wait_for_an_answer() -> None:
+        waiting.set()
+        with suppress(Unavailable):
+            running.next_answer()
+
+    reader = threading.Thread(target=wait_for_an_answer)
+    reader.start()
+    waiting.wait()
+    running.child.close()
+    reader.join()
+    assert running.child.process.returncode == 0, "it was not killed"
 
 
 def test_memory_is_bounded_and_nothing_is_written_unasked(pack: Path, tmp_path: Path) -> None:
