@@ -1,7 +1,6 @@
 """One prompt to one answer: encodes, admits, follows the engine's tokens, makes text of them, measures."""
 
 import logging
-import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -18,6 +17,8 @@ from compute_node.step_ledger import RequestUse
 from compute_node.text_stream import TextPiece, TextStream
 from compute_node.token_constraint import TokenConstraint
 from promoe.errors import DeadlineExceeded, PromoeError
+from promoe.log_format import REQUEST_ID
+from promoe.request_id import new_answer_id
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ class Answerer:
         max_tokens = min(options.max_tokens, self._codec.limits.max_context_tokens - len(prompt_ids))
         own_stops = frozenset() if options.ignore_eos else self._eos_token_ids
         request = EngineRequest(
-            request_id=secrets.token_hex(8),
+            request_id=new_answer_id(REQUEST_ID.get()),
             prompt_ids=prompt_ids,
             max_tokens=max_tokens,
             sampling=options.sampling,

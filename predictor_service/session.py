@@ -15,6 +15,7 @@ from predictor_service.step_share import StepShare
 from promoe.errors import InternalError, InvalidInput
 from promoe.hint import Hint, Observation, ObservedKind, PredictorVersion, StepStart
 from promoe.model_spec import ModelSpec
+from promoe.request_id import about_answers
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class Session:
         # read.
         self._announced = {self._version.version: self._newest}
         self._step = 0
+        self._answer_ids: tuple[str, ...] = ()
         self._active = self._opened(self._lineup.active)
         self._canary = None if self._lineup.canary is None else self._opened(self._lineup.canary.predictor)
         # Who predicts the running step, each for its part of it.
@@ -129,6 +131,7 @@ class Session:
                 f"Step {start.step} is sampled for {start.version}; announced were {', '.join(self._announced)}."
             )
         self._step = start.step
+        self._answer_ids = tuple(span.request_id for span in start.spans)
         if lineup is not self._lineup:
             self._go_on_with(lineup)
         self._begin_parts(start)
@@ -269,6 +272,7 @@ class Session:
                 version,
                 self.node,
                 exc_info=error,
+                extra=about_answers(self._answer_ids, node=self.node, step=self._step),
             )
             raise InternalError(
                 f"The predictor {version} failed ({type(error).__name__}); the predictor service's log has the details."

@@ -16,6 +16,7 @@ from compute_node.admission import Admission, AdmissionLimits
 from compute_node.answer import Answerer
 from compute_node.answer_grammar import GrammarCompiler
 from compute_node.batch_loop import BatchLimits
+from compute_node.call_naming import name_call
 from compute_node.continuous_engine import ContinuousEngine
 from compute_node.engine import (
     Engine,
@@ -347,7 +348,7 @@ async def serving(
     )
     identity = NodeIdentity("instance-1", SPEC, engine.kind, "It was asked for.", device)
     traces = TraceRecorder(SPEC.num_moe_layers, lambda: CacheSnapshot([5, -1], '{"uses": 2}'))
-    server = RpcServer((SERVICE_NAME,))
+    server = RpcServer((SERVICE_NAME,), name_call)
     inference_pb2_grpc.add_InferenceServicer_to_server(
         InferenceService(answerer, codec, admission, identity, FixedReport(), traces), server.server
     )
