@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from promoe.log_format import REQUEST_ID
-from promoe.request_id import REQUEST_ID_HEADER, request_id_of
+from promoe.log_format import REQUEST_ID, TRACEPARENT
+from promoe.request_id import REQUEST_ID_HEADER, TRACEPARENT_HEADER, request_id_of
 
 if TYPE_CHECKING:
     from promoe.rpc import CallContext
@@ -14,4 +14,5 @@ async def name_call(context: "CallContext") -> None:
     metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
     request_id = request_id_of(metadata.get(REQUEST_ID_HEADER, ""))
     REQUEST_ID.set(request_id)
+    TRACEPARENT.set(metadata.get(TRACEPARENT_HEADER, ""))
     await context.send_initial_metadata(((REQUEST_ID_HEADER, request_id),))

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from compute_node.http.api_error import ApiError, api_error_response
 from compute_node.http.api_keys import ApiKeys
 from compute_node.http.loopback import is_loopback
-from promoe.log_format import REQUEST_ID
-from promoe.request_id import REQUEST_ID_HEADER, request_id_of
+from promoe.log_format import REQUEST_ID, TRACEPARENT
+from promoe.request_id import REQUEST_ID_HEADER, TRACEPARENT_HEADER, request_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class Edge:
         request_id = request_id_of(headers.get(REQUEST_ID_HEADER, ""))
         scope.setdefault("state", {})["request_id"] = request_id
         REQUEST_ID.set(request_id)
+        TRACEPARENT.set(headers.get(TRACEPARENT_HEADER, ""))
         status = 0
 
         async def send_with_id(message: Message) -> None:

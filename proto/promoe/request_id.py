@@ -11,6 +11,8 @@ from typing import Final
 
 REQUEST_ID_HEADER: Final = "x-request-id"
 
+TRACEPARENT_HEADER: Final = "traceparent"
+
 MAX_REQUEST_ID_CHARS: Final = 64
 
 MAX_ANSWER_ID_CHARS: Final = MAX_REQUEST_ID_CHARS + 17

@@ -42,12 +42,13 @@ def looks(node: HttpNode) -> Iterator[Iterator[Look]]:
 
 
 @contextmanager
-def asked(node: HttpNode, engine: HeldEngine) -> Iterator[tuple[str, list[str]]]:
+def asked(node: HttpNode, engine: HeldEngine, **headers: str) -> Iterator[tuple[str, list[str]]]:
     """A request that the engine has, and the lines of its answer, complete when the block has ended."""
     lines: list[str] = []
 
     def read() -> None:
-        with httpx2.stream("POST", f"{node.url}/v1/chat/completions", json=BODY, timeout=TIMEOUT_S) as response:
+        url = f"{node.url}/v1/chat/completions"
+        with httpx2.stream("POST", url, json=BODY, headers=headers, timeout=TIMEOUT_S) as response:
             lines.extend(response.iter_lines())
 
     thread = threading.Thread(target=read)
@@ -109,10 +110,11 @@ def test_all_who_watch_are_given_the_same_look(node: HttpNode) -> None:
 
 
 def test_log_lines_say_which_request_they_are_about(node: HttpNode, engine: HeldEngine) -> None:
-    with json_log("compute_node") as lines, asked(node, engine) as (answer_id, _):
+    with json_log("compute_node") as lines, asked(node, engine, traceparent="00-0a-0b-01") as (answer_id, _):
         engine.draw(answer_id, 5)
         engine.end(answer_id)
         told = [lines.next() for _ in range(2)]
+    assert [record.traceparent for record in node.on_loop(lambda serving: serving.answers)] == ["00-0a-0b-01"]
     answer, edge = told
     assert (answer["answer_id"], answer["outcome"], answer["output_tokens"]) == (answer_id, "finished", 1)
     assert (edge["path"], edge["status"]) == ("/v1/chat/completions", 200)

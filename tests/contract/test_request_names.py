@@ -6,8 +6,10 @@ from collections.abc import Callable
 import grpc
 import pytest
 
+from compute_node.answer_record import AnswerRecord
+from compute_node.request_metrics import Outcome
 from promoe.client import AsyncClient, Client
-from promoe.request_id import REQUEST_ID_HEADER, answered_request_id
+from promoe.request_id import REQUEST_ID_HEADER, TRACEPARENT_HEADER, answered_request_id
 from tests.compute_node.tiny_serving import Serving
 from tests.contract.inference_node import Node, text_request
 from tests.log_lines import LogLine, json_log
@@ -68,6 +70,21 @@ def test_a_refusal_has_a_line_with_its_name(node: Node, refused: Callable[..., "
     assert request_id == line["request_id"] == "wrong"
     assert str(line["message"]).endswith(": INVALID_ARGUMENT")
     assert "exception" not in line
+
+
+def test_the_callers_span_is_told_with_the_answer(node: Node) -> None:
+    async def scenario(server: Serving) -> list[AnswerRecord]:
+        await named(server, (TRACEPARENT_HEADER, "00-0a-0b-01"))
+        await named(server)
+        return server.answers
+
+    first, second = node.run(scenario)
+    assert (first.traceparent, second.traceparent) == ("00-0a-0b-01", "")
+    assert (first.outcome, first.num_output_tokens, first.use is not None) == (Outcome.FINISHED, 1, True)
+    times = first.times
+    assert times.started_s is not None
+    assert times.first_s == times.last_s is not None
+    assert times.arrived_s < times.started_s < times.first_s < times.ended_s
 
 
 def test_the_clients_give_their_requests_names(node: Node) -> None:
