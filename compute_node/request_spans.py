@@ -19,7 +19,7 @@ from promoe.config import SettingUnfit
 from promoe.request_id import TRACEPARENT_HEADER, answered_request_id
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace.export import SpanProcessor
+    from opentelemetry.sdk.trace import SpanProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,14 @@ def _parts(record: AnswerRecord) -> Iterator[tuple[str, float, float, dict[str, 
     times, use = record.times, record.use
     yield "queue", times.arrived_s, times.started_s or times.ended_s, {}
     if times.started_s is not None:
-        yield "prefill", times.started_s, times.first_s or times.ended_s, _expert_use(use and use.prefill)
+        yield (
+            "prefill",
+            times.started_s,
+            times.first_s or times.ended_s,
+            _expert_use(None if use is None else use.prefill),
+        )
     if times.first_s is not None and times.last_s is not None:
-        yield "decode", times.first_s, times.last_s, _expert_use(use and use.decode)
+        yield "decode", times.first_s, times.last_s, _expert_use(None if use is None else use.decode)
 
 
 def _expert_use(use: ExpertUse | None) -> dict[str, int | float]:

@@ -1,4 +1,4 @@
-"""Spans of answers: what they say, below whose they go, how they reach a collector, and what lacks without the extra."""
+"""Spans of answers: what they say, below whose they go, how they reach a collector, what lacks without the extra."""
 
 import logging
 import queue
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Final
+from typing import Final, TypeAlias
 
 import grpc
 import pytest
@@ -28,11 +28,14 @@ USE: Final = RequestUse(prefill=ExpertUse(3, 2, 200, 0.5), decode=ExpertUse(7, 1
 DEADLINE_S: Final = 30.0
 
 
-def record(outcome: Outcome = Outcome.FINISHED, *, traceparent: str = "", **times: float | None) -> AnswerRecord:
+Marks: TypeAlias = dict[str, float | None]
+WHOLE: Final[Marks] = {"started_s": 1.0, "first_s": 3.0, "last_s": 6.0}
+
+
+def record(outcome: Outcome = Outcome.FINISHED, traceparent: str = "", times: Marks = WHOLE) -> AnswerRecord:
     """A second in the queue, two of prefill, three of decode, and half a one until the caller had it all."""
-    marks: dict[str, float | None] = {"started_s": 1.0, "first_s": 3.0, "last_s": 6.0} | times
     began_s = perf_counter() - 10
-    later = {name: None if mark is None else began_s + mark for name, mark in marks.items()}
+    later = {name: None if mark is None else began_s + mark for name, mark in (WHOLE | times).items()}
     answer_times = AnswerTimes(arrived_s=began_s, ended_s=began_s + 6.5, **later)
     return AnswerRecord("job-17.0a", traceparent, outcome, 5, 4, answer_times, USE)
 
@@ -86,10 +89,8 @@ def test_the_callers_trace_goes_on() -> None:
         (Outcome.FAILED, {}, {"answer", "queue", "prefill", "decode"}),
     ],
 )
-def test_what_an_answer_did_not_come_to_has_no_span(
-    outcome: Outcome, times: dict[str, float | None], names: set[str]
-) -> None:
-    spans = told(record(outcome, **times))
+def test_what_an_answer_did_not_come_to_has_no_span(outcome: Outcome, times: Marks, names: set[str]) -> None:
+    spans = told(record(outcome, times=times))
     assert spans.keys() == names
     is_bad = spans["answer"].status.status_code is StatusCode.ERROR
     assert is_bad == (outcome is not Outcome.CANCELLED)
@@ -116,7 +117,8 @@ def collector() -> Iterator[tuple[Collector, str]]:
     """One that listens, and its endpoint."""
     servicer = Collector()
     server = grpc.server(ThreadPoolExecutor(1))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server)
+    # Generated without stubs.
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
