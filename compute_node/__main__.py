@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from compute_node.admin.service import ADMIN_SERVICE_NAME, NodeAdminService
+from compute_node.call_naming import name_call
 from compute_node.compilation import execution
 from compute_node.config import ComputeConfig
 from compute_node.config_reload import AskedConfig, ConfigReload
@@ -46,7 +47,7 @@ async def serve(asked: AskedConfig, read: Callable[[], AskedConfig] | None) -> N
         signal.signal(number, _leave)
     if read is not None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    server = RpcServer((SERVICE_NAME, ADMIN_SERVICE_NAME))
+    server = RpcServer((SERVICE_NAME, ADMIN_SERVICE_NAME), name_call)
     endpoint = server.listen(asked.compute.listen)
     stop = asyncio.Event()
     node = ComputeNode(asked.compute)

@@ -1,7 +1,6 @@
 """One prompt to one answer: encodes, admits, follows the engine's tokens, makes text of them, measures."""
 
 import logging
-import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -10,6 +9,7 @@ from typing import Final, TypeAlias
 
 from compute_node.admission import Admission, AdmittedRequest
 from compute_node.answer_grammar import AnswerGrammar, GrammarCompiler
+from compute_node.answer_record import AnswerListener, AnswerRecord, AnswerTimes
 from compute_node.engine import EndReason, EngineRequest, RequestEnded, RequestStarted, TokenDrawn
 from compute_node.prompt import Prompt, PromptCodec
 from compute_node.request_metrics import Outcome, RequestMetrics, TokenKind
@@ -18,6 +18,8 @@ from compute_node.step_ledger import RequestUse
 from compute_node.text_stream import TextPiece, TextStream
 from compute_node.token_constraint import TokenConstraint
 from promoe.errors import DeadlineExceeded, PromoeError
+from promoe.log_format import REQUEST_ID, TRACEPARENT
+from promoe.request_id import new_answer_id
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +116,7 @@ class Answerer:
         eos_token_ids: the model's own end-of-sequence tokens.
         metrics: told tokens, latencies and outcomes.
         grammars: for answers that must look like something.
+        listener: told of each answer when it is over.
     """
 
     def __init__(
@@ -123,12 +126,14 @@ class Answerer:
         eos_token_ids: frozenset[int],
         metrics: RequestMetrics,
         grammars: GrammarCompiler,
+        listener: AnswerListener | None = None,
     ) -> None:
         self._admission = admission
         self._codec = codec
         self._eos_token_ids = eos_token_ids
         self._metrics = metrics
         self._grammars = grammars
+        self._listener = listener
 
     async def open(self, prompt: Prompt, options: AnswerOptions) -> "Answer":
         """Encodes the prompt and lets it in.
@@ -173,7 +178,7 @@ class Answerer:
         max_tokens = min(options.max_tokens, self._codec.limits.max_context_tokens - len(prompt_ids))
         own_stops = frozenset() if options.ignore_eos else self._eos_token_ids
         request = EngineRequest(
-            request_id=secrets.token_hex(8),
+            request_id=new_answer_id(REQUEST_ID.get()),
             prompt_ids=prompt_ids,
             max_tokens=max_tokens,
             sampling=options.sampling,
@@ -182,7 +187,8 @@ class Answerer:
         )
         admitted = self._admission.admit(request)
         self._metrics.count_tokens(TokenKind.PROMPT, len(prompt_ids))
-        return Answer(admitted, options, TextStream(self._codec, options.stop_strings), self._metrics, arrived_s)
+        text = TextStream(self._codec, options.stop_strings)
+        return Answer(admitted, options, text, _AnswerClock(arrived_s, self._metrics), self._metrics, self._listener)
 
 
 class Answer:
@@ -193,14 +199,18 @@ class Answer:
         admitted: AdmittedRequest,
         options: AnswerOptions,
         text: TextStream,
+        clock: "_AnswerClock",
         metrics: RequestMetrics,
-        arrived_s: float,
+        listener: AnswerListener | None,
     ) -> None:
         self._admitted = admitted
         self._options = options
         self._text = text
+        self._clock = clock
         self._metrics = metrics
-        self._clock = _AnswerClock(arrived_s, metrics)
+        self._listener = listener
+        self._traceparent = TRACEPARENT.get()
+        self._use: RequestUse | None = None
 
     @property
     def request(self) -> EngineRequest:
@@ -232,7 +242,7 @@ class Answer:
         finally:
             self.cancel()
             self._metrics.count_request(outcome)
-            self._log(outcome)
+            self._tell(outcome)
 
     async def _follow(self) -> AsyncIterator[AnswerEvent]:
         stop_string: str | None = None
@@ -248,6 +258,7 @@ class Answer:
                     stop_string = piece.stop_string
                     self.cancel()
             elif isinstance(event, RequestEnded):
+                self._use = event.use
                 if event.reason is EndReason.CANCELLED and stop_string is None:
                     return
                 if event.reason is EndReason.STOP_TOKEN and stop_string is None:
@@ -257,7 +268,7 @@ class Answer:
                     yield Delta(rest.text, None)
                 yield self._finish(event, rest.stop_string)
 
-    def _log(self, outcome: Outcome) -> None:
+    def _tell(self, outcome: Outcome) -> None:
         """Which tokens they were is nobody's business."""
         fields: dict[str, object] = {
             "answer_id": self.request.request_id,
@@ -268,6 +279,12 @@ class Answer:
         }
         message = "Answer %s %s: %d prompt tokens, %d output tokens, %.3f s"
         logger.info(message, *fields.values(), extra={"fields": fields})
+        if self._listener is not None:
+            answer_id, num_prompt_tokens = self.request.request_id, len(self.request.prompt_ids)
+            times, num_tokens = self._clock.times(), self._clock.num_tokens
+            self._listener(
+                AnswerRecord(answer_id, self._traceparent, outcome, num_prompt_tokens, num_tokens, times, self._use)
+            )
 
     def _finish(self, ended: RequestEnded, stop_string: str | None) -> Finish:
         usage = self._clock.usage(len(self.request.prompt_ids), ended.use)
@@ -289,11 +306,13 @@ class _AnswerClock:
         self._started_s = arrived_s
         self._first_s = arrived_s
         self._last_s = arrived_s
+        self._has_started = False
         self._num_tokens = 0
         self._metrics = metrics
 
     def started(self, at_s: float) -> None:
         """The first step."""
+        self._has_started = True
         self._started_s = at_s
         self._metrics.observe_queue(at_s - self._arrived_s)
 
@@ -312,6 +331,16 @@ class _AnswerClock:
     def num_tokens(self) -> int:
         """How many there were."""
         return self._num_tokens
+
+    def times(self) -> AnswerTimes:
+        """Of an answer that is over now."""
+        return AnswerTimes(
+            arrived_s=self._arrived_s,
+            started_s=self._started_s if self._has_started else None,
+            first_s=self._first_s if self._num_tokens else None,
+            last_s=self._last_s if self._num_tokens else None,
+            ended_s=perf_counter(),
+        )
 
     def usage(self, num_prompt_tokens: int, experts: RequestUse) -> Usage:
         """What it all took."""

@@ -17,6 +17,7 @@ from compute_node.running_request import RunningRequest
 from compute_node.sampling import SampledToken
 from compute_node.step_ledger import Phase, StepLedger, TokenSpan
 from promoe.errors import InternalError, PromoeError, Unavailable
+from promoe.request_id import about_answers
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +133,10 @@ class BatchRequests:
 
     def fail_step(self, states: Sequence[FutureRequestState], error: PromoeError) -> None:
         """Fails the requests of the step that raised `error`."""
-        logger.warning("A step of %d requests failed: %s", len(states), error)
-        for state in states:
-            self._fail(state.state.request_id, error)
+        request_ids = [state.state.request_id for state in states]
+        logger.warning("A step of %d requests failed: %s", len(states), error, extra=about_answers(request_ids))
+        for request_id in request_ids:
+            self._fail(request_id, error)
 
     def _close(self, request_id: str) -> RunningRequest | None:
         self._drawn.pop(request_id, None)

@@ -1,6 +1,7 @@
 """What a compute node can be asked for; defaults live here and nowhere else."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -15,6 +16,8 @@ _MAX_COUNT: Final = 2**32 - 1
 _MAX_PORT: Final = 65535
 
 _LONGEST_ENDPOINT: Final = 300
+
+_OTLP_ENDPOINT: Final = re.compile(r"https?://[^/\s]+:\d+/?")
 
 
 class DeviceChoice(Enum):
@@ -51,6 +54,8 @@ class ComputeConfig:
         http_anonymous: others than this host may use the HTTP API without a key.
         http_cors_origins: origins whose web pages may use the HTTP API, separated by commas.
         http_max_body_bytes: longest body of an HTTP request.
+        otlp_endpoint: `http://host:port` (or https) of an OpenTelemetry collector that spans of requests are sent to,
+            by gRPC; empty: as `OTEL_EXPORTER_OTLP_ENDPOINT` says, or none. Needs `pip install promoe[otel]`.
         device: `auto`, `cuda` or `cpu`.
         engine: `auto`, `continuous` or `interleaved`.
         cache_rate: device slots divided by all experts, in (0, 1]; None: as many as the memory budget allows.
@@ -90,6 +95,7 @@ class ComputeConfig:
     http_anonymous: bool = False
     http_cors_origins: str = ""
     http_max_body_bytes: int = 16 << 20
+    otlp_endpoint: str = ""
     device: DeviceChoice = DeviceChoice.AUTO
     engine: EngineChoice = EngineChoice.AUTO
     cache_rate: float | None = None
@@ -154,9 +160,16 @@ class ComputeConfig:
         ):
             if count is not None and count > _MAX_COUNT:
                 raise ValueError(f"compute.{name} is {count}; allowed: up to {_MAX_COUNT}")
+        self._check_addresses()
+
+    def _check_addresses(self) -> None:
         for name, address in (("metrics_listen", self.metrics_listen), ("http_listen", self.http_listen)):
             if address and not _is_host_and_port(address):
                 raise ValueError(f"compute.{name} is {address!r}; expected host:port")
+        if self.otlp_endpoint and not _OTLP_ENDPOINT.fullmatch(self.otlp_endpoint):
+            raise ValueError(
+                f"compute.otlp_endpoint is {self.otlp_endpoint!r}; expected http://host:port or https://host:port"
+            )
         if self.predictor_endpoint:
             check_predictor_endpoint("compute.predictor_endpoint", self.predictor_endpoint)
 

@@ -12,13 +12,15 @@ class ConnectionLog:
 
     Args:
         endpoint: of the predictor.
+        node: this node's name for itself at that predictor, whose log has it, too.
 
     Attributes:
         is_quiet: nothing is said, as while somebody else waits for the outcome and will say it.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, node: str) -> None:
         self.is_quiet = False
+        self._extra: dict[str, object] = {"fields": {"node": node}}
         self._endpoint = endpoint
         # What was said last about a predictor that is away; None after it was said to be there.
         self._said: type[PromoeError] | None = None
@@ -31,7 +33,7 @@ class ConnectionLog:
         if has_settled or self._said is None or issubclass(self._said, Unavailable | DeadlineExceeded):
             self._said, self._has_connected = None, True
             if not self.is_quiet:
-                logger.info("Connected to the predictor at %s: %s.", self._endpoint, version)
+                logger.info("Connected to the predictor at %s: %s.", self._endpoint, version, extra=self._extra)
 
     def away(self, error: PromoeError) -> None:
         """It is not, or not any more."""

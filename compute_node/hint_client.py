@@ -115,7 +115,6 @@ class HintClient:
         noted: Callable[[], None] = lambda: None,
     ) -> None:
         self.endpoint = endpoint
-        self.log = ConnectionLog(endpoint)
         self.num_failures = 0
         self.trouble: PromoeError | None = None
         self._spec = spec
@@ -131,6 +130,7 @@ class HintClient:
         self._info = model_pb2.ServiceInfo(
             version=version("promoe"), schema_version=SCHEMA_VERSION, instance_id=uuid4().hex
         )
+        self.log = ConnectionLog(endpoint, self._info.instance_id)
         self._session: HintSession | None = None
         self._sampling: HintSession | None = None
         self._past = HintTraffic()

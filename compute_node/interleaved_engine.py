@@ -27,6 +27,7 @@ from compute_node.running_request import STEP_FAILURES, RunningRequest, step_fai
 from compute_node.sampling import SampledToken
 from compute_node.step_ledger import Phase, StepLedger, TokenSpan
 from promoe.errors import PromoeError, Unavailable
+from promoe.request_id import about_answers
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ class InterleavedEngine:
         try:
             token = self._forward(turn)
         except STEP_FAILURES as error:
-            logger.warning("A step of request %s failed: %s", request_id, error)
+            logger.warning("A step of request %s failed: %s", request_id, error, extra=about_answers([request_id]))
             self._fail(request_id, step_failure(error))
             return
         finally:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from compute_node.admission import Admission, AdmissionLimits
 from compute_node.answer import Answerer
 from compute_node.answer_grammar import GrammarCompiler
+from compute_node.answer_record import AnswerListener
 from compute_node.batch_loop import BatchLimits
 from compute_node.cache_report import CacheReport
 from compute_node.cache_stats import CacheMetrics, StepRecorder
@@ -35,6 +36,7 @@ from compute_node.model_loader import LoadedModel, load_model
 from compute_node.node_report import NodeIdentity, NodeReport
 from compute_node.prompt import PromptCodec, PromptLimits
 from compute_node.request_metrics import RequestMetrics
+from compute_node.request_spans import request_spans
 from compute_node.schedule import SchedulePolicy
 from compute_node.service import InferenceService
 from compute_node.step_ledger import Phase, StepLedger
@@ -76,6 +78,7 @@ class ComputeNode:
         self._closers = ExitStack()
         self._registry = CollectorRegistry()
         self._admission: Admission | None = None
+        self._answer_listener: AnswerListener | None = None
         self.has_died = False
         self.experts_modules: tuple[nn.Module, ...] = ()
         self.parts: NodeParts | None = None
@@ -100,6 +103,7 @@ class ComputeNode:
             torch.set_num_threads(config.num_threads)
         # What can be wrong is found before what takes long.
         policy = config.schedule()
+        self._answer_listener = self._closers.enter_context(request_spans(config.otlp_endpoint, self.spec.name))
         tokenizer = _load_tokenizer(config.pack / DENSE_FOLDER)
         chosen = choose_device(config.device, config.link_bytes_per_s)
         logger.info("Device: %s (%s), %s.", chosen.device.kind, chosen.device.name, chosen.reason)
@@ -192,7 +196,7 @@ class ComputeNode:
         codec = PromptCodec(tokenizer, PromptLimits(spec.vocab_size, max_context_tokens, config.max_prompt_bytes))
         eos_token_ids = _eos_token_ids(loaded, tokenizer)
         grammars = GrammarCompiler(tokenizer, spec.vocab_size, eos_token_ids)
-        answerer = Answerer(admission, codec, eos_token_ids, metrics, grammars)
+        answerer = Answerer(admission, codec, eos_token_ids, metrics, grammars, self._answer_listener)
         model = ServedModel.of(spec, max_context_tokens)
         return NodeParts(model, answerer, codec, admission, self._registry, NodeWatch(report, metrics.token_times))
 

@@ -327,7 +327,8 @@ class StoreClient:
         if not complete or self._state is StoreState.ATTACHED:
             return
         withdrawn = ", ".join(map(str, arena.addresses.missing()))
-        logger.info("Attached to the expert store at %s.", self._endpoint)
+        about: dict[str, object] = {"fields": {"node": self.instance_id}}
+        logger.info("Attached to the expert store at %s.", self._endpoint, extra=about)
         if withdrawn:
             logger.warning("Withdrawn by the store at the moment: %s.", withdrawn)
         was_connecting = self._state is StoreState.CONNECTING

@@ -145,13 +145,15 @@ class ExpertStore:
     def attach(self, table: BlobTable, lease: Lease, knows_arena: bool) -> None:
         """Starts a node's lease."""
         table.attach(lease, knows_arena)
-        logger.info("Compute node %s (pid %d) attached.", lease.node_instance_id, lease.pid)
+        logger.info("Compute node %s (pid %d) attached.", lease.node_instance_id, lease.pid, extra=_about(lease))
         self._write_state()
 
     def detach(self, table: BlobTable, lease: Lease) -> None:
         """Ends a node's lease."""
         table.drop(lease)
-        logger.info("Compute node %s (pid %d) is gone; its lease ended.", lease.node_instance_id, lease.pid)
+        logger.info(
+            "Compute node %s (pid %d) is gone; its lease ended.", lease.node_instance_id, lease.pid, extra=_about(lease)
+        )
         self._write_state()
 
     def stats(self) -> StoreStats:
@@ -255,7 +257,9 @@ class ExpertStore:
     async def _forget_absent(self, table: BlobTable) -> None:
         await asyncio.sleep(self._config.adopt_wait_s)
         for lease in table.drop_absent():
-            logger.warning("Compute node %s (pid %d) did not come back.", lease.node_instance_id, lease.pid)
+            logger.warning(
+                "Compute node %s (pid %d) did not come back.", lease.node_instance_id, lease.pid, extra=_about(lease)
+            )
         self._write_state()
 
     def _write_state(self) -> None:
@@ -264,3 +268,7 @@ class ExpertStore:
         nodes = [AttachedNode.of(lease.node_instance_id, lease.kernel_pid) for lease in self._table.leases]
         living = tuple(node for node in nodes if node is not None)
         self._run_dir.write_state(StoreState(self._arena.uuid, self.layout.fingerprint, living))
+
+
+def _about(lease: Lease) -> dict[str, object]:
+    return {"fields": {"node": lease.node_instance_id, "pid": lease.pid, "lease_s": lease.held_s}}

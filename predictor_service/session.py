@@ -16,6 +16,7 @@ from predictor_service.step_share import StepShare
 from promoe.errors import InternalError, InvalidInput
 from promoe.hint import Hint, Observation, ObservedKind, PredictorVersion, StepStart
 from promoe.model_spec import ModelSpec
+from promoe.request_id import about_answers
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class Session:
         # read.
         self._announced = {self._version.version: self._newest}
         self._step = self._num_tokens = 0
+        self._answer_ids: tuple[str, ...] = ()
         self._active = self._opened(self._lineup.active)
         self._canary = None if self._lineup.canary is None else self._opened(self._lineup.canary.predictor)
         # Who predicts the running step, each for its part of it.
@@ -130,6 +132,7 @@ class Session:
                 f"Step {start.step} is sampled for {start.version}; announced were {', '.join(self._announced)}."
             )
         self._step, self._num_tokens = start.step, start.num_tokens
+        self._answer_ids = tuple(span.request_id for span in start.spans)
         if lineup is not self._lineup:
             self._go_on_with(lineup)
         self._begin_parts(start)
@@ -277,6 +280,7 @@ class Session:
                 version,
                 self.node,
                 exc_info=error,
+                extra=about_answers(self._answer_ids, node=self.node, step=self._step),
             )
             raise InternalError(
                 f"The predictor {version} failed ({type(error).__name__}); the predictor service's log has the details."

@@ -1,5 +1,6 @@
 """Which sessions are open, and what all sessions since the start have done together."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from predictor_service.session import Session, SessionCounters, VersionCost
 from promoe.errors import Overloaded, Unavailable
 from promoe.hint import PredictorVersion
 from promoe.model_spec import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 _Event = TypeVar("_Event")
 
@@ -100,9 +103,12 @@ class SessionBook(Generic[_Event]):
             if len(self._open) >= self.limits.max_sessions:
                 raise Overloaded(f"The predictor serves {len(self._open)} compute nodes, and no more at once.")
             self._open.append(entry)
+        about: dict[str, object] = {"fields": {"node": node, "session": entry.number}}
+        logger.info("Node %s is predicted for (session %d).", node, entry.number, extra=about)
         try:
             yield entry
         finally:
+            logger.info("Session %d of node %s is over.", entry.number, node, extra=about)
             with self._lock:
                 self._open.remove(entry)
                 _add(self._closed, session.counters)

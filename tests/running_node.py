@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from compute_node.call_naming import name_call
 from compute_node.config import ComputeConfig
 from compute_node.node import ComputeNode
 from compute_node.service import SERVICE_NAME
@@ -143,7 +144,7 @@ class NodeThread:
             self._loop.close()
 
     async def _serve(self, config: ComputeConfig) -> None:
-        server = RpcServer((SERVICE_NAME,))
+        server = RpcServer((SERVICE_NAME,), name_call)
         self.endpoint = server.listen("127.0.0.1:0")
         try:
             service = self.node.start(on_death=self._stop.set, loop=self._loop)

@@ -55,8 +55,8 @@ def test_the_lock_satisfies_what_the_project_asks_for(requirement: Requirement) 
 
 def test_everything_that_the_product_imports_is_asked_for() -> None:
     asked = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
-    # CUDA's packages are the extras' and torch's.
-    ours = {*sys.stdlib_module_names, "promoe", *SERVICES, "cuda", "google"}
+    # Optional: CUDA's packages and OpenTelemetry's, which extras bring.
+    ours = {*sys.stdlib_module_names, "promoe", *SERVICES, "cuda", "google", "opentelemetry"}
     imported = {name.partition(".")[0] for module in product_modules() for name in module.imported_names} - ours
     distributions = importlib.metadata.packages_distributions()
     known = {name: {canonicalize_name(each) for each in distributions.get(name, ())} for name in imported}

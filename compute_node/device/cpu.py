@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import psutil
 import torch
 
 from compute_node.copy_ticket import CopyTicket
 from compute_node.device.seam import DeviceMemory, HostCopy, LinkUse
 from promoe.errors import InsufficientMemory
+from promoe.host_memory import host_memory
 
 SHORTEST_SLEEP_S: Final = 50e-6
 """The kernel wakes a sleeper about this late; shorter waits are carried over to the next chunk."""
@@ -104,9 +104,9 @@ class CpuDevice:
         self.pinning = NoPinning()
 
     def memory(self) -> DeviceMemory:
-        """The host's available and total memory."""
-        memory = psutil.virtual_memory()
-        return DeviceMemory(memory.available, memory.total)
+        """The host's, or what a container's limit leaves of it."""
+        memory = host_memory()
+        return DeviceMemory(memory.free_nbytes, memory.total_nbytes)
 
     def allocate_slots(self, num_slots: int, slot_nbytes: int) -> torch.Tensor:
         """Page-aligned rows, so that tensors of all slots are aligned alike; see `Device.allocate_slots`."""

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 
 from compute_node.http.api_error import install_error_pages
 from compute_node.http.completion_routes import completion_router
-from compute_node.http.edge import REQUEST_ID_HEADER, Edge, EdgeRules
+from compute_node.http.edge import Edge, EdgeRules
 from compute_node.http.health_routes import health_router
 from compute_node.http.live_routes import live_router
 from compute_node.http.model_routes import model_router
@@ -18,6 +18,7 @@ from compute_node.http.page_origin import PageOrigin
 from compute_node.http.page_routes import page_paths, page_router, read_page
 from compute_node.http.predictor_routes import predictor_router
 from compute_node.http.token_routes import token_router
+from promoe.request_id import REQUEST_ID_HEADER
 
 
 @dataclass(frozen=True)

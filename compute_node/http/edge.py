@@ -5,8 +5,6 @@ A body is read whole, within a limit and a time, before anybody parses it.
 
 import asyncio
 import logging
-import re
-import secrets
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Final
@@ -17,15 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from compute_node.http.api_error import ApiError, api_error_response
 from compute_node.http.api_keys import ApiKeys
 from compute_node.http.loopback import is_loopback
-from promoe.log_format import REQUEST_ID
+from promoe.log_format import REQUEST_ID, TRACEPARENT
+from promoe.request_id import REQUEST_ID_HEADER, TRACEPARENT_HEADER, request_id_of
 
 logger = logging.getLogger(__name__)
 
-REQUEST_ID_HEADER: Final = "x-request-id"
 BODY_DEADLINE_S: Final = 60.0
 """A client that sends its request more slowly than this holds a connection for nothing."""
-
-_CALLERS_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -65,9 +61,10 @@ class Edge:
             return
         began_s = perf_counter()
         headers = Headers(scope=scope)
-        request_id = _request_id(headers)
+        request_id = request_id_of(headers.get(REQUEST_ID_HEADER, ""))
         scope.setdefault("state", {})["request_id"] = request_id
         REQUEST_ID.set(request_id)
+        TRACEPARENT.set(headers.get(TRACEPARENT_HEADER, ""))
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -153,9 +150,3 @@ def _too_large(most: int) -> ApiError:
     return ApiError(
         413, f"The request's body is too large; allowed: at most {most} bytes (compute.http_max_body_bytes)."
     )
-
-
-def _request_id(headers: Headers) -> str:
-    """The caller's own, where it is fit for a log."""
-    asked = headers.get(REQUEST_ID_HEADER, "")
-    return asked if _CALLERS_ID.fullmatch(asked) else secrets.token_hex(12)

@@ -12,6 +12,7 @@ from compute_node.http.live_feed import LiveFeed
 from compute_node.http.live_wire import live_document
 from compute_node.http.node_parts import NodeParts
 from compute_node.http.page_origin import PageOrigin
+from promoe.request_id import MAX_ANSWER_ID_CHARS
 
 
 def live_router(parts: NodeParts, origin: PageOrigin) -> APIRouter:
@@ -30,7 +31,7 @@ def live_router(parts: NodeParts, origin: PageOrigin) -> APIRouter:
         return EventStream(listener.events(), listener.leave)
 
     @router.post("/api/requests/{request_id}/cancel", dependencies=[Depends(origin.check)])
-    async def cancel(request_id: Annotated[str, Path(max_length=64)]) -> JsonDocument:
+    async def cancel(request_id: Annotated[str, Path(max_length=MAX_ANSWER_ID_CHARS)]) -> JsonDocument:
         if not admission.cancel_id(request_id):
             raise ApiError(404, f"No open request has the id {request_id}; it may have ended.", code="not_found")
         return {"id": request_id, "state": "cancelled"}

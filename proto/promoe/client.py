@@ -104,16 +104,33 @@ class AsyncClient:
         self._calls = NodeCalls(endpoint, AioTransport(endpoint), retry)
 
     def generate(
-        self, prompt: Prompt, *, deadline_s: float = GENERATE_DEADLINE_S, **options: Unpack[GenerateOptions]
+        self,
+        prompt: Prompt,
+        *,
+        deadline_s: float = GENERATE_DEADLINE_S,
+        request_id: str = "",
+        **options: Unpack[GenerateOptions],
     ) -> AsyncGenerationStream:
-        """Starts a generation with the stream's first read; see Prompt and GenerateOptions."""
-        return AsyncGenerationStream(self._calls, encode_generate(prompt, options), deadline_s)
+        """Starts a generation with the stream's first read; see Prompt and GenerateOptions.
+
+        Args:
+            prompt: what is gone on from.
+            deadline_s: of the whole answer.
+            request_id: what the node's log calls the request; empty: a name that the node makes.
+            options: how.
+        """
+        return AsyncGenerationStream(self._calls, encode_generate(prompt, options), deadline_s, request_id)
 
     async def complete(
-        self, prompt: Prompt, *, deadline_s: float = GENERATE_DEADLINE_S, **options: Unpack[GenerateOptions]
+        self,
+        prompt: Prompt,
+        *,
+        deadline_s: float = GENERATE_DEADLINE_S,
+        request_id: str = "",
+        **options: Unpack[GenerateOptions],
     ) -> Answer:
         """The whole answer at once."""
-        async with self.generate(prompt, deadline_s=deadline_s, **options) as stream:
+        async with self.generate(prompt, deadline_s=deadline_s, request_id=request_id, **options) as stream:
             return await stream.finish()
 
     async def info(self, *, deadline_s: float = INFO_DEADLINE_S) -> NodeInfo:
@@ -181,16 +198,33 @@ class Client:
         self._calls = NodeCalls(endpoint, BlockingTransport(endpoint), retry)
 
     def generate(
-        self, prompt: Prompt, *, deadline_s: float = GENERATE_DEADLINE_S, **options: Unpack[GenerateOptions]
+        self,
+        prompt: Prompt,
+        *,
+        deadline_s: float = GENERATE_DEADLINE_S,
+        request_id: str = "",
+        **options: Unpack[GenerateOptions],
     ) -> GenerationStream:
-        """Starts a generation with the stream's first read; see Prompt and GenerateOptions."""
-        return GenerationStream(self._calls, encode_generate(prompt, options), deadline_s)
+        """Starts a generation with the stream's first read; see Prompt and GenerateOptions.
+
+        Args:
+            prompt: what is gone on from.
+            deadline_s: of the whole answer.
+            request_id: what the node's log calls the request; empty: a name that the node makes.
+            options: how.
+        """
+        return GenerationStream(self._calls, encode_generate(prompt, options), deadline_s, request_id)
 
     def complete(
-        self, prompt: Prompt, *, deadline_s: float = GENERATE_DEADLINE_S, **options: Unpack[GenerateOptions]
+        self,
+        prompt: Prompt,
+        *,
+        deadline_s: float = GENERATE_DEADLINE_S,
+        request_id: str = "",
+        **options: Unpack[GenerateOptions],
     ) -> Answer:
         """The whole answer at once."""
-        with self.generate(prompt, deadline_s=deadline_s, **options) as stream:
+        with self.generate(prompt, deadline_s=deadline_s, request_id=request_id, **options) as stream:
             return stream.finish()
 
     def info(self, *, deadline_s: float = INFO_DEADLINE_S) -> NodeInfo:

@@ -18,6 +18,9 @@ class LogFormat(Enum):
 REQUEST_ID: Final[ContextVar[str]] = ContextVar("request_id", default="")
 """The request that is served; set where it arrives, inherited by every task that serves it."""
 
+TRACEPARENT: Final[ContextVar[str]] = ContextVar("traceparent", default="")
+"""The caller's span, in the words of W3C Trace Context, which its request's spans go below."""
+
 
 class JsonFormatter(logging.Formatter):
     """One object a line: `time` (UTC), `level`, `process`, `logger`, `message`, and where there are any `request_id`,

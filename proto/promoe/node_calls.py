@@ -10,9 +10,10 @@ from promoe.cache_map import CacheMap
 from promoe.errors import DeadlineExceeded, Overloaded, PromoeError, Unavailable
 from promoe.generation import Answer, Delta, FinishReason, encode_chat, encode_detokenize
 from promoe.node_report import CacheStats, NodeInfo
+from promoe.request_id import MAX_REQUEST_ID_CHARS, REQUEST_ID_HEADER, is_fit
 from promoe.retry import Attempts, RetryPolicy
 from promoe.rpc import INFO_DEADLINE_S
-from promoe.transport import StreamCall, Transport
+from promoe.transport import Metadata, StreamCall, Transport
 from promoe.typed_message import decode_message
 from promoe.v1 import inference_pb2
 from promoe.wire import check_schema
@@ -112,7 +113,13 @@ class Generation:
     The attributes of `Answer` are there to read while it grows.
     """
 
-    def __init__(self, calls: NodeCalls, request: inference_pb2.GenerateRequest, deadline_s: float) -> None:
+    def __init__(
+        self, calls: NodeCalls, request: inference_pb2.GenerateRequest, deadline_s: float, request_id: str = ""
+    ) -> None:
+        if request_id and not is_fit(request_id):
+            allowed = f"1 to {MAX_REQUEST_ID_CHARS} of A-Z a-z 0-9 . _ : -"
+            raise ValueError(f"request_id is {request_id!r}; allowed: {allowed}")
+        self._metadata: Metadata = ((REQUEST_ID_HEADER, request_id),) if request_id else ()
         self._calls = calls
         self._request = request
         self._attempts = Attempts(calls.retry, deadline_s)
@@ -158,7 +165,11 @@ class Generation:
                 if self._call is None:
                     await self._calls.check_schema(self._attempts.remaining_s)
                     self._call = self._calls.transport.stream(
-                        "Generate", self._request, inference_pb2.GenerateResponse, self._attempts.remaining_s
+                        "Generate",
+                        self._request,
+                        inference_pb2.GenerateResponse,
+                        self._attempts.remaining_s,
+                        self._metadata,
                     )
                     if self._answer.finish_reason is not None:  # cancelled by another thread just now
                         self._call.cancel()

@@ -31,7 +31,8 @@ _Response = TypeVar("_Response")
 if TYPE_CHECKING:
     # gRPC's classes are generic for the type checker only.
     _Handler: TypeAlias = grpc.RpcMethodHandler[_Request, _Response] | None
-    _Context: TypeAlias = grpc.aio.ServicerContext[object, object]
+    CallContext: TypeAlias = grpc.aio.ServicerContext[object, object]
+    CallBeginner: TypeAlias = Callable[[CallContext], Awaitable[None]]
 
 INFO_DEADLINE_S: Final = 5.0
 """Handshakes and statistics: answered from memory."""
@@ -81,7 +82,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns domain errors into status codes by the table; anything else is a bug: logged, INTERNAL without details.
 
     Streaming methods are async generators; gRPC's own services (health, reflection) are left alone.
+
+    Args:
+        begin_call: awaited first, in the task that serves the call.
     """
+
+    def __init__(self, begin_call: "CallBeginner | None" = None) -> None:
+        self._begin_call = begin_call
 
     async def intercept_service(
         self,
@@ -95,27 +102,37 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return handler
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                _guard_unary(handler.unary_unary, method), handler.request_deserializer, handler.response_serializer
+                _guard_unary(handler.unary_unary, method, self._begin_call),
+                handler.request_deserializer,
+                handler.response_serializer,
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
-                _guard_stream(handler.unary_stream, method), handler.request_deserializer, handler.response_serializer
+                _guard_stream(handler.unary_stream, method, self._begin_call),
+                handler.request_deserializer,
+                handler.response_serializer,
             )
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
-                _guard_stream(handler.stream_stream, method), handler.request_deserializer, handler.response_serializer
+                _guard_stream(handler.stream_stream, method, self._begin_call),
+                handler.request_deserializer,
+                handler.response_serializer,
             )
         assert handler.stream_unary is not None, "a handler has one of four shapes"
         return grpc.stream_unary_rpc_method_handler(
-            _guard_unary(handler.stream_unary, method), handler.request_deserializer, handler.response_serializer
+            _guard_unary(handler.stream_unary, method, self._begin_call),
+            handler.request_deserializer,
+            handler.response_serializer,
         )
 
 
-def _guard_unary(behavior: object, method: str) -> Callable[..., object]:
-    call = cast("Callable[[object, _Context], Awaitable[object]]", behavior)
+def _guard_unary(behavior: object, method: str, begin_call: "CallBeginner | None") -> Callable[..., object]:
+    call = cast("Callable[[object, CallContext], Awaitable[object]]", behavior)
 
-    async def guarded(request: object, context: "_Context") -> object:
+    async def guarded(request: object, context: "CallContext") -> object:
         try:
+            if begin_call is not None:
+                await begin_call(context)
             return await call(request, context)
         except grpc.aio.AbortError:
             raise
@@ -126,11 +143,13 @@ def _guard_unary(behavior: object, method: str) -> Callable[..., object]:
     return guarded
 
 
-def _guard_stream(behavior: object, method: str) -> Callable[..., object]:
-    call = cast("Callable[[object, _Context], AsyncGenerator[object]]", behavior)
+def _guard_stream(behavior: object, method: str, begin_call: "CallBeginner | None") -> Callable[..., object]:
+    call = cast("Callable[[object, CallContext], AsyncGenerator[object]]", behavior)
 
-    async def guarded(request: object, context: "_Context") -> AsyncIterator[object]:
+    async def guarded(request: object, context: "CallContext") -> AsyncIterator[object]:
         try:
+            if begin_call is not None:
+                await begin_call(context)
             # Closed with the call, not when collected: a client that leaves frees what its stream holds at once.
             async with aclosing(call(request, context)) as responses:
                 async for response in responses:
@@ -143,14 +162,15 @@ def _guard_stream(behavior: object, method: str) -> Callable[..., object]:
     return guarded
 
 
-async def _abort(context: "_Context", error: Exception, method: str) -> None:
+async def _abort(context: "CallContext", error: Exception, method: str) -> None:
     status = status_of(error)
     if status is None:
         logger.error("%s failed", method, exc_info=error)
         await context.abort(grpc.StatusCode.INTERNAL, "Internal error; the service's log has the details.")
     else:
+        logger.info("%s: %s", method, status.name)
         # A ValueError from deep inside may be a bug after all: its traceback is there for who looks for it.
-        logger.debug("%s refused with %s", method, status.name, exc_info=error)
+        logger.debug("%s was refused.", method, exc_info=error)
         metadata = ((RETRY_AFTER_METADATA_KEY, str(error.retry_after_ms)),) if isinstance(error, Overloaded) else ()
         await context.abort(status, wire_text(error), metadata)
 
@@ -170,13 +190,14 @@ class RpcServer:
 
     Args:
         service_names: full names, for health and reflection.
+        begin_call: awaited first in every call of these.
 
     The owner registers its servicers on `server`, calls `listen`, then `start`, then `set_serving(True)` when it is
     ready to be used.
     """
 
-    def __init__(self, service_names: tuple[str, ...]) -> None:
-        self.server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+    def __init__(self, service_names: tuple[str, ...], begin_call: "CallBeginner | None" = None) -> None:
+        self.server = grpc.aio.server(interceptors=[ErrorInterceptor(begin_call)], options=SERVER_OPTIONS)
         self._service_names = service_names
         self._lock_fds: list[int] = []
         self._health = health.aio.HealthServicer()

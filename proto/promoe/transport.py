@@ -8,7 +8,7 @@ import asyncio
 import time
 import weakref
 from collections.abc import Coroutine
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, Protocol, TypeAlias, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -22,6 +22,8 @@ from promoe.v1 import inference_pb2, inference_pb2_grpc
 _Result = TypeVar("_Result")
 _Response = TypeVar("_Response", bound=Message)
 _Item = TypeVar("_Item", bound=Message, covariant=True)
+
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
@@ -76,7 +78,12 @@ class Transport(Protocol):
         ...
 
     def stream(
-        self, method: str, request: Message, response_type: type[_Response], timeout_s: float
+        self,
+        method: str,
+        request: Message,
+        response_type: type[_Response],
+        timeout_s: float,
+        metadata: Metadata = (),
     ) -> StreamCall[_Response]:
         """Opens a streaming call of the Inference service; failures come with `read`."""
         ...
@@ -126,10 +133,16 @@ class AioTransport:
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def stream(
-        self, method: str, request: Message, response_type: type[_Response], timeout_s: float
+        self,
+        method: str,
+        request: Message,
+        response_type: type[_Response],
+        timeout_s: float,
+        metadata: Metadata = (),
     ) -> StreamCall[_Response]:
         """See Transport."""
-        return _AioStreamCall(getattr(self._stub, method)(request, timeout=timeout_s), self._endpoint)
+        call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
+        return _AioStreamCall(call, self._endpoint)
 
     async def pause(self, seconds: float) -> None:
         """See Transport."""
@@ -192,10 +205,16 @@ class BlockingTransport:
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def stream(
-        self, method: str, request: Message, response_type: type[_Response], timeout_s: float
+        self,
+        method: str,
+        request: Message,
+        response_type: type[_Response],
+        timeout_s: float,
+        metadata: Metadata = (),
     ) -> StreamCall[_Response]:
         """See Transport."""
-        return _BlockingStreamCall(getattr(self._stub, method)(request, timeout=timeout_s), self._endpoint)
+        call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
+        return _BlockingStreamCall(call, self._endpoint)
 
     async def pause(self, seconds: float) -> None:
         """See Transport."""

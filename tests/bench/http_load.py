@@ -2,14 +2,15 @@
 
 What must hold, and the exit status says whether it did: every answer that was read to its end is the one that its
 prompt and seed got alone (no cross-talk), nothing stays running or waiting behind clients that left, and the node's
-memory does not grow. ITL is measured where a client sees it. Without `--url` a tiny model of random weights is served
-for the occasion, in float32.
+memory stays flat. ITL is measured where a client sees it; beside it stands what the node says its steps took, and who
+used the processors. Without `--url` a tiny model of random weights is served for the occasion, in float32.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,13 +24,15 @@ import httpx2
 import openai
 import psutil
 
-from tests.bench.report import environment
+from tests.bench.report import out_argument, write_report
 from tests.running_node import RunningNode
 from tests.running_store import RunningStore
 from tests.system.tiny_stack import pack_tiny_model
 
 NUM_PROMPTS: Final = 24
-MAX_RSS_GROWTH: Final = 0.05
+MAX_RSS_GROWTH: Final = 0.02
+RSS_INTERVAL_S: Final = 5.0
+STEP_FIGURE: Final = re.compile(r'promoe_step_seconds_(sum|count)\{phase="(\w+)"\} (\S+)')
 DRAIN_DEADLINE_S: Final = 30.0
 
 
@@ -164,14 +167,18 @@ async def measure(url: str, load: Load, pid: int | None, key: str = "none") -> d
         await caller.learn()
         # The first streams open connections and fill pools: what is measured is what is added after them.
         await caller.press(load.seconds / 6)
-        rss_before = _rss(pid)
+        http.headers["authorization"] = f"Bearer {key}"
+        steps = await _steps(http, url)
+        use = ProcessUse(pid)
+        watch = asyncio.create_task(use.watch())
         began_s = perf_counter()
         await caller.press(load.seconds)
         elapsed_s = perf_counter() - began_s
+        watch.cancel()
         remaining = await _remaining(http, url)
-        rss_after = _rss(pid)
+        used = use.as_dict(elapsed_s)
+        steps = {phase: after.since(steps[phase]) for phase, after in (await _steps(http, url)).items()}
     tally = caller.tally
-    growth = (rss_after - rss_before) / rss_before if rss_before and rss_after else None
     return {
         "streams": load.num_streams,
         "seconds": elapsed_s,
@@ -184,12 +191,83 @@ async def measure(url: str, load: Load, pid: int | None, key: str = "none") -> d
         "ttft_p50_s": percentile(tally.ttft_s, 0.5),
         "ttft_p99_s": percentile(tally.ttft_s, 0.99),
         "itl_p50_s": percentile(tally.itl_s, 0.5),
+        "itl_p90_s": percentile(tally.itl_s, 0.9),
         "itl_p99_s": percentile(tally.itl_s, 0.99),
-        "rss_before_bytes": rss_before,
-        "rss_after_bytes": rss_after,
-        "rss_growth": growth,
-        "ok": not tally.mixed_up and remaining == 0 and tally.finished > 0 and (growth or 0.0) <= MAX_RSS_GROWTH,
+        "itl_max_s": max(tally.itl_s, default=None),
+        "steps": {phase: {"num": taken.num, "mean_s": taken.mean_s} for phase, taken in steps.items()},
+        **used,
+        "ok": not tally.mixed_up and remaining == 0 and tally.finished > 0 and use.growth <= MAX_RSS_GROWTH,
     }
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Forward passes of one phase; those with any prompt token are `prefill`, decoding rows in them included."""
+
+    num: int
+    seconds: float
+
+    @property
+    def mean_s(self) -> float | None:
+        """Of one; None where there was none."""
+        return self.seconds / self.num if self.num else None
+
+    def since(self, before: "Steps") -> "Steps":
+        """Those that came after."""
+        return Steps(self.num - before.num, self.seconds - before.seconds)
+
+
+async def _steps(http: httpx2.AsyncClient, url: str) -> dict[str, Steps]:
+    """Since the node's start, by phase."""
+    found: dict[str, dict[str, float]] = {}
+    for figure, phase, value in STEP_FIGURE.findall((await http.get(f"{url}/metrics")).text):
+        found.setdefault(phase, {})[figure] = float(value)
+    return {phase: Steps(int(figures["count"]), figures["sum"]) for phase, figures in found.items()}
+
+
+class ProcessUse:
+    """Memory of the node's process over time, and processor time of the node and of this client.
+
+    Args:
+        pid: the node's; None where it cannot be seen.
+    """
+
+    def __init__(self, pid: int | None) -> None:
+        self._node = None if pid is None else psutil.Process(pid)
+        self._client = psutil.Process()
+        self._before_s = self._cpu_s()
+        self._rss = [] if self._node is None else [self._node.memory_info().rss]
+
+    async def watch(self) -> None:
+        """Looks again and again, until it is cancelled."""
+        while self._node is not None:
+            await asyncio.sleep(RSS_INTERVAL_S)
+            self._rss.append(self._node.memory_info().rss)
+
+    @property
+    def growth(self) -> float:
+        """From the first look to the largest later one."""
+        return max(self._rss) / self._rss[0] - 1 if self._rss else 0.0
+
+    def as_dict(self, elapsed_s: float) -> dict[str, object]:
+        """For JSON; processors are shares of one."""
+        if self._node is not None:
+            self._rss.append(self._node.memory_info().rss)
+        node_s, client_s = (after - before for after, before in zip(self._cpu_s(), self._before_s, strict=True))
+        return {
+            "node_cpus": node_s / elapsed_s if self._node is not None else None,
+            "client_cpus": client_s / elapsed_s,
+            "rss_bytes": self._rss,
+            "rss_growth": self.growth if self._rss else None,
+        }
+
+    def _cpu_s(self) -> tuple[float, float]:
+        return _cpu_s(self._node) if self._node is not None else 0.0, _cpu_s(self._client)
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 async def _remaining(http: httpx2.AsyncClient, url: str) -> int:
@@ -201,10 +279,6 @@ async def _remaining(http: httpx2.AsyncClient, url: str) -> int:
         if num_open == 0 or perf_counter() > end_s:
             return num_open
         await asyncio.sleep(0.05)
-
-
-def _rss(pid: int | None) -> int | None:
-    return None if pid is None else int(psutil.Process(pid).memory_info().rss)
 
 
 @contextmanager
@@ -231,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", help="a serving node's HTTP API, without /v1; default: a tiny model's")
     parser.add_argument("--key", default="none", help="that node's API key")
     parser.add_argument("--pid", type=int, help="that node's process, to see its memory")
+    out_argument(parser)
     options = parser.parse_args(arguments)
     load = Load(options.streams, options.seconds, options.leave_share, options.tokens, options.seed)
     if options.url is not None:
@@ -238,7 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         with tiny_node() as (url, pid):
             measured = asyncio.run(measure(url, load, pid))
-    print(json.dumps({"benchmark": "http_load", **environment(), **measured}, indent=1))
+    path = write_report("http_load", measured, options.out)
+    print(json.dumps(measured, indent=1))
+    print(f"Written: {path}")
     return 0 if measured["ok"] else 1
 
 

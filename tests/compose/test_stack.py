@@ -6,6 +6,7 @@ from typing import Final
 
 import pytest
 import yaml
+from openai.types.chat import ChatCompletionMessageParam
 
 from promoe import Client
 from promoe.errors import PromoeError
@@ -40,6 +41,18 @@ def answer(stack: ContainerStack) -> str:
     text = stack.answer()
     assert text.strip()
     return text
+
+
+def test_http_says_what_grpc_says(stack: ContainerStack, answer: str) -> None:
+    question: list[ChatCompletionMessageParam] = [{"role": "user", "content": PROMPT[0]["content"]}]
+    with stack.http_client() as client:
+        (model,) = client.models.list().data
+        chat = client.chat.completions
+        whole = chat.create(model=model.id, messages=question, max_tokens=16, temperature=0.0)
+        with chat.create(model=model.id, messages=question, max_tokens=16, temperature=0.0, stream=True) as stream:
+            pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert whole.choices[0].message.content == "".join(pieces) == answer
+    assert len(list(filter(None, pieces))) > 1
 
 
 def test_the_memory_of_the_experts_counts_as_the_stores(stack: ContainerStack, answer: str) -> None:

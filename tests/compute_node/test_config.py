@@ -67,6 +67,13 @@ def test_a_metrics_address_has_a_host_and_a_port(listen: str) -> None:
     assert refusal(metrics_listen=listen) == f"compute.metrics_listen is {listen!r}; expected host:port"
 
 
+@pytest.mark.parametrize("endpoint", ["collector:4317", "http://collector", "grpc://collector:4317", "http:// x:1"])
+def test_a_collector_has_a_scheme_and_a_port(endpoint: str) -> None:
+    expected = f"compute.otlp_endpoint is {endpoint!r}; expected http://host:port or https://host:port"
+    assert refusal(otlp_endpoint=endpoint) == expected
+    assert config(otlp_endpoint="https://[::1]:4317").otlp_endpoint == "https://[::1]:4317"
+
+
 @pytest.mark.parametrize("listen", ["", "127.0.0.1:65535"])
 def test_a_metrics_page_is_optional(listen: str) -> None:
     assert config(metrics_listen=listen).metrics_listen == listen

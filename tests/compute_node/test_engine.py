@@ -312,6 +312,20 @@ def test_a_failed_step_fails_its_requests_and_nobody_else(
 
 
 @KINDS
+def test_the_line_of_a_failed_step_names_its_requests(
+    kind: EngineKind, model: PreTrainedModel, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    with started_engine(kind, model) as engine:
+        victim = submit(engine, engine_request("job-17.0a", PROMPTS[2], 5))
+        gate.await_arrival()
+        gate.error = Unavailable("Expert L0E3 is damaged.")
+        gate.open()
+        victim.failure()
+    about = [vars(line)["fields"] for line in caplog.records if "A step of" in line.message]
+    assert about == [{"request_ids": ["job-17"], "answer_ids": ["job-17.0a"]}]
+
+
+@KINDS
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_engine_fails_all_requests_and_says_so(kind: EngineKind, model: PreTrainedModel, gate: Gate) -> None:
     steps = StepLog()

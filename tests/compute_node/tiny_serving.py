@@ -15,7 +15,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from compute_node.admission import Admission, AdmissionLimits
 from compute_node.answer import Answerer
 from compute_node.answer_grammar import GrammarCompiler
+from compute_node.answer_record import AnswerRecord
 from compute_node.batch_loop import BatchLimits
+from compute_node.call_naming import name_call
 from compute_node.continuous_engine import ContinuousEngine
 from compute_node.engine import (
     Engine,
@@ -317,7 +319,7 @@ SPEC = ModelSpec(
 
 @dataclass
 class Serving:
-    """A running Inference server and what stands behind it."""
+    """A running Inference server, what stands behind it, and what was told of answers that are over."""
 
     stub: "inference_pb2_grpc.InferenceAsyncStub"
     endpoint: str
@@ -325,6 +327,7 @@ class Serving:
     registry: CollectorRegistry
     traces: TraceRecorder
     parts: NodeParts
+    answers: list[AnswerRecord]
 
 
 @asynccontextmanager
@@ -341,13 +344,14 @@ async def serving(
     admission = Admission(engine, limits or AdmissionLimits(8, 8, 60.0), metrics)
     eos_token_ids = frozenset({END_OF_TURN_ID})
     grammars = GrammarCompiler(tokenizer, len(VOCABULARY), eos_token_ids)
-    answerer = Answerer(admission, codec, eos_token_ids, metrics, grammars)
+    answers: list[AnswerRecord] = []
+    answerer = Answerer(admission, codec, eos_token_ids, metrics, grammars, answers.append)
     device = DeviceInfo(
         kind="cpu", name="a CPU", reason="It was asked for.", link="memcpy", emulated_link_bytes_per_s=None
     )
     identity = NodeIdentity("instance-1", SPEC, engine.kind, "It was asked for.", device)
     traces = TraceRecorder(SPEC.num_moe_layers, lambda: CacheSnapshot([5, -1], '{"uses": 2}'))
-    server = RpcServer((SERVICE_NAME,))
+    server = RpcServer((SERVICE_NAME,), name_call)
     inference_pb2_grpc.add_InferenceServicer_to_server(
         InferenceService(answerer, codec, admission, identity, FixedReport(), traces), server.server
     )
@@ -358,7 +362,7 @@ async def serving(
         watch = NodeWatch(NodeReport(identity, FixedReport()), metrics.token_times)
         model = ServedModel.of(SPEC, codec.limits.max_context_tokens)
         parts = NodeParts(model, answerer, codec, admission, registry, watch)
-        yield Serving(inference_pb2_grpc.InferenceStub(channel), endpoint, admission, registry, traces, parts)
+        yield Serving(inference_pb2_grpc.InferenceStub(channel), endpoint, admission, registry, traces, parts, answers)
     await admission.drain(EVENT_DEADLINE_S)
     await server.stop(grace_s=0)
     await asyncio.sleep(0)

@@ -2,8 +2,6 @@
 
 import base64
 import json
-import logging
-import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +11,10 @@ import httpx2
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from promoe.log_format import JsonFormatter
+from promoe.request_id import answered_request_id
 from tests.compute_node.tiny_serving import FixedReport
 from tests.http_node import MODEL, TIMEOUT_S, HeldEngine, HttpNode, http_node
+from tests.log_lines import json_log
 
 Look = dict[str, object]
 SECRET = "what nobody else may read"
@@ -43,12 +42,13 @@ def looks(node: HttpNode) -> Iterator[Iterator[Look]]:
 
 
 @contextmanager
-def asked(node: HttpNode, engine: HeldEngine) -> Iterator[tuple[str, list[str]]]:
+def asked(node: HttpNode, engine: HeldEngine, **headers: str) -> Iterator[tuple[str, list[str]]]:
     """A request that the engine has, and the lines of its answer, complete when the block has ended."""
     lines: list[str] = []
 
     def read() -> None:
-        with httpx2.stream("POST", f"{node.url}/v1/chat/completions", json=BODY, timeout=TIMEOUT_S) as response:
+        url = f"{node.url}/v1/chat/completions"
+        with httpx2.stream("POST", url, json=BODY, headers=headers, timeout=TIMEOUT_S) as response:
             lines.extend(response.iter_lines())
 
     thread = threading.Thread(target=read)
@@ -110,30 +110,15 @@ def test_all_who_watch_are_given_the_same_look(node: HttpNode) -> None:
 
 
 def test_log_lines_say_which_request_they_are_about(node: HttpNode, engine: HeldEngine) -> None:
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    class Kept(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.put(self.format(record))
-
-    handler = Kept()
-    handler.setFormatter(JsonFormatter("compute_node"))
-    logger = logging.getLogger("compute_node")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        with asked(node, engine) as (request_id, _):
-            engine.draw(request_id, 5)
-            engine.end(request_id)
-        told = [json.loads(lines.get(timeout=TIMEOUT_S)) for _ in range(2)]
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+    with json_log("compute_node") as lines, asked(node, engine, traceparent="00-0a-0b-01") as (answer_id, _):
+        engine.draw(answer_id, 5)
+        engine.end(answer_id)
+        told = [lines.next() for _ in range(2)]
+    assert [record.traceparent for record in node.on_loop(lambda serving: serving.answers)] == ["00-0a-0b-01"]
     answer, edge = told
-    assert (answer["answer_id"], answer["outcome"], answer["output_tokens"]) == (request_id, "finished", 1)
+    assert (answer["answer_id"], answer["outcome"], answer["output_tokens"]) == (answer_id, "finished", 1)
     assert (edge["path"], edge["status"]) == ("/v1/chat/completions", 200)
-    assert answer["request_id"] == edge["request_id"] != ""
+    assert answer["request_id"] == edge["request_id"] == answered_request_id(answer_id) != ""
     assert SECRET not in json.dumps(told)
 
 

@@ -1,11 +1,11 @@
 """An arena that does not fit is refused before it is made, with the number that is short."""
 
-from pathlib import Path
-
 import pytest
 
-from expert_store.memory_budget import check_room_for, room_in
+from expert_store import memory_budget
+from expert_store.memory_budget import check_room_for
 from promoe.errors import InsufficientMemory
+from promoe.host_memory import CGROUP_LIMIT, HostMemory
 
 
 def test_a_small_arena_fits() -> None:
@@ -17,15 +17,8 @@ def test_an_arena_beyond_the_machine_is_refused_with_numbers() -> None:
         check_room_for(1 << 50)
 
 
-def write_group(folder: Path, limit: str, current: int = 0, cached: int = 0) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "memory.max").write_text(f"{limit}\n")
-    (folder / "memory.current").write_text(f"{current}\n")
-    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cached // 2}\nactive_file {cached // 2}\n")
-    return folder
-
-
-def test_a_group_leaves_its_limit_less_what_is_used_but_for_the_page_cache(tmp_path: Path) -> None:
-    assert room_in(write_group(tmp_path / "a", "1000", current=700, cached=400)) == 700
-    assert room_in(write_group(tmp_path / "b", "max")) is None
-    assert room_in(tmp_path / "no such group") is None
+def test_what_is_short_is_named_by_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = HostMemory(3 << 30, 4 << 30, CGROUP_LIMIT, has_cgroup_limit=True)
+    monkeypatch.setattr(memory_budget, "host_memory", lambda: bound)
+    with pytest.raises(InsufficientMemory, match=r"the cgroup's memory limit leaves 3\.00 GiB: 0\.12 GiB are short"):
+        check_room_for(3 << 30)

@@ -9,7 +9,7 @@ import pytest
 from predictor_service.lineup import Lineup
 from predictor_service.session import Session
 from promoe.errors import InternalError, InvalidInput
-from promoe.hint import Hint, LayerRouting, Observation, ObservedKind, PredictorVersion, StepStart
+from promoe.hint import Hint, LayerRouting, Observation, ObservedKind, PredictorVersion, StepSpan, StepStart
 from tests.predictor_service.layer_events import decode_start, make_spec, observed
 
 SPEC = make_spec(layers=3, experts=8, per_token=2, hidden=4)
@@ -136,12 +136,17 @@ def test_a_plugin_s_bug_becomes_one_sentence_and_one_traceback(
     failure: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     session = open_session(RecordingPredictor(failure=failure))
-    session.begin_step(decode_start(1))
+    spans = (StepSpan("job-17.0a", 1, is_prefill=False), StepSpan("made-up", 1, is_prefill=False))
+    session.begin_step(StepStart(1, spans))
     with caplog.at_level(logging.ERROR), pytest.raises(InternalError, match=rf"failed \({type(failure).__name__}\)"):
         session.observe(observed(1, 0, IDS_RK))
     (record,) = caplog.records
     assert record.exc_info is not None
     assert "node-1" in record.getMessage()
+    # The requests of the running step, by the names that callers and the node's log have for them.
+    assert vars(record)["fields"] == {
+        "node": "node-1", "step": 1, "request_ids": ["job-17"], "answer_ids": ["job-17.0a", "made-up"]
+    }  # fmt: skip
     assert session.counters.observations == 0
 
 

@@ -20,6 +20,7 @@ from promoe.cli.gpu_checks import check_gpu
 from promoe.cli.host_checks import check_disk, check_huge_pages, check_memlock, check_memory, check_shared_memory
 from promoe.cli.run_dir import RunDir, StackState
 from promoe.cli.software_checks import check_packages, check_port, check_python, check_run_dir
+from promoe.host_memory import CGROUP_LIMIT, HostMemory
 
 
 @pytest.fixture
@@ -134,7 +135,8 @@ def test_disks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_and_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [finding.name for finding in check_memory()] == ["memory", "pinned limit"]
     monkeypatch.setattr(host_checks, "_LITTLE_MEMORY_NBYTES", 1 << 60)
-    monkeypatch.setattr(host_checks, "_cgroup_limit_nbytes", lambda: mmap.PAGESIZE)
+    bound = HostMemory(0, mmap.PAGESIZE, CGROUP_LIMIT, has_cgroup_limit=True)
+    monkeypatch.setattr(host_checks, "host_memory", lambda: bound)
     little, pinned = check_memory()
     assert little.verdict is Verdict.WARN
     assert pinned.found == "up to 4.00 KiB, by the memory limit of this cgroup"

@@ -143,7 +143,8 @@ def test_value_errors_are_bad_input(shape: str, caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.DEBUG, logger="promoe.rpc"):
         raised = run(lambda: failure(ValueError("temperature is nan; allowed: 0 to 5"), shape))
     assert [(record.levelno, record.exc_info is None) for record in caplog.records if record.name == "promoe.rpc"] == [
-        (logging.DEBUG, False)
+        (logging.INFO, True),
+        (logging.DEBUG, False),
     ]
     assert type(raised) is InvalidInput
     assert str(raised) == "temperature is nan; allowed: 0 to 5"

@@ -26,6 +26,8 @@ export const percent = (share) => (share === null ? NOTHING : `${(100 * share).t
 export const wholePercent = (share) => (share === null ? NOTHING : `${Math.round(100 * share)} %`);
 export const count = (value) => value.toLocaleString("en");
 export const plural = (value, word) => `${count(value)} ${word}${value === 1 ? "" : "s"}`;
+// The request's own name comes first and what tells its answers apart last.
+export const shortId = (id) => (id.length <= 16 ? id : `${id.slice(0, 8)}…${id.slice(-4)}`);
 export const localTime = (unixSeconds) => new Date(1000 * unixSeconds).toLocaleString();
 
 function significant(value) {

@@ -2,7 +2,7 @@
 
 import { postJson } from "./api.js";
 import { byId, keyed, make, setText } from "./dom.js";
-import { seconds } from "./format.js";
+import { seconds, shortId } from "./format.js";
 
 export class RequestTable {
   constructor() {
@@ -22,11 +22,11 @@ export class RequestTable {
   #row(request) {
     const button = make(
       "button",
-      { type: "button", "aria-label": `Cancel request ${request.id.slice(0, 8)}`, onclick: () => this.#cancel(request.id, button) },
+      { type: "button", "aria-label": `Cancel request ${shortId(request.id)}`, onclick: () => this.#cancel(request.id, button) },
       "Cancel",
     );
     const cells = ["", "number", "number", "number"].map((kind) => make("td", { class: kind }));
-    return make("tr", {}, make("th", { scope: "row" }, make("code", {}, request.id.slice(0, 8))), ...cells, make("td", { class: "number" }, button));
+    return make("tr", {}, make("th", { scope: "row" }, make("code", { title: request.id }, shortId(request.id))), ...cells, make("td", { class: "number" }, button));
   }
 
   #fill(row, request) {
@@ -45,7 +45,7 @@ export class RequestTable {
     try {
       await postJson(`/api/requests/${id}/cancel`, {});
       result.dataset.kind = "good";
-      setText(result, `Request ${id.slice(0, 8)} is cancelled.`);
+      setText(result, `Request ${shortId(id)} is cancelled.`);
     } catch (error) {
       result.dataset.kind = "bad";
       setText(result, error.message);

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import psutil
-
 from promoe.cli.diagnosis import Finding, fail, ok, warn
 from promoe.cli.quantity import format_bytes_per_s, format_nbytes
+from promoe.host_memory import host_memory
 
 _LITTLE_MEMORY_NBYTES: Final = 4 << 30
 _LITTLE_DISK_NBYTES: Final = 5 << 30
@@ -27,34 +26,18 @@ _SHMEM_HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabl
 
 def check_memory() -> list[Finding]:
     """RAM, and how much of it may be pinned: the driver counts pinned pages against RAM and the cgroup only."""
-    memory = psutil.virtual_memory()
-    found = f"{format_nbytes(memory.available)} available of {format_nbytes(memory.total)}"
-    if memory.available < _LITTLE_MEMORY_NBYTES:
+    memory = host_memory()
+    found = f"{format_nbytes(memory.free_nbytes)} available of {format_nbytes(memory.total_nbytes)}"
+    if memory.free_nbytes < _LITTLE_MEMORY_NBYTES:
         ram = warn("memory", found, "all experts of the model must fit in the host's memory: free some")
     else:
         ram = ok("memory", found)
-    limit_nbytes = _cgroup_limit_nbytes()
-    pinnable = f"up to {format_nbytes(min(memory.total, limit_nbytes or memory.total))}"
+    pinnable = f"up to {format_nbytes(memory.total_nbytes)}"
     if "microsoft" in Path("/proc/version").read_text().lower():
         return [ram, warn("pinned limit", "WSL pins part of the memory only", "raise `memory` in .wslconfig")]
-    if limit_nbytes is not None and limit_nbytes < memory.total:
+    if memory.has_cgroup_limit:
         return [ram, ok("pinned limit", f"{pinnable}, by the memory limit of this cgroup")]
     return [ram, ok("pinned limit", f"{pinnable}, no cgroup limit")]
-
-
-def _cgroup_limit_nbytes() -> int | None:
-    """The tightest memory limit of this process's cgroup and its parents (version 2)."""
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    relative = next((line.removeprefix("0::/") for line in lines if line.startswith("0::")), None)
-    if relative is None:
-        return None
-    root = Path("/sys/fs/cgroup")
-    limits = []
-    for group in (root / relative, *(root / relative).parents):
-        path = group / "memory.max"
-        if group.is_relative_to(root) and path.is_file() and (text := path.read_text().strip()) != "max":
-            limits.append(int(text))
-    return min(limits, default=None)
 
 
 def check_memlock() -> Finding:

@@ -906,6 +906,9 @@ class Accepted(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
+    """Begins with the metadata `x-request-id` of the call, which the caller may send (up to 64 of A-Z a-z 0-9 . _ : -) and
+    the node's initial metadata give back or make; what follows the last dot tells this answer from all others.
+    """
     prompt_tokens: _builtins.int
     seed: _builtins.int
     """The seed in use, so that the answer can be repeated."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from compute_node.config import DeviceChoice
+from compute_node.device import cpu
 from compute_node.device.cpu import CpuDevice
 from compute_node.memory_plan import MemoryNeeds, plan_memory
 from compute_node.planning.__main__ import main
@@ -14,6 +15,7 @@ from compute_node.planning.options import parse_options
 from compute_node.planning.planned_device import CONTEXT_NBYTES, AskedDevice, PlannedDevice
 from compute_node.planning.rates import ASSUMED_LINK_BYTES_PER_S, link_rate, memory_rate
 from promoe.config import SettingUnfit
+from promoe.host_memory import CGROUP_LIMIT, HostMemory
 from tests.compute_node.planning.plans import DENSE_NBYTES, MIB, config, small_footprint
 
 FOOTPRINT = json.dumps(small_footprint().as_document())
@@ -86,6 +88,17 @@ def test_on_a_cpu_the_arena_is_in_the_same_memory() -> None:
     assert 0 < here.free_nbytes < CpuDevice().memory().total_nbytes
     with pytest.raises(SettingUnfit, match="--gpu-memory plans for a GPU"):
         PlannedDevice.of(config(device=DeviceChoice.CPU), footprint, AskedDevice(gpu_nbytes=1 << 30))
+
+
+def test_in_a_container_its_limit_is_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = HostMemory(1 << 30, 2 << 30, CGROUP_LIMIT, has_cgroup_limit=True)
+    monkeypatch.setattr(cpu, "host_memory", lambda: bound)
+    footprint = small_footprint()
+    device = PlannedDevice.of(config(device=DeviceChoice.CPU), footprint, AskedDevice())
+    assert device.free_nbytes == (1 << 30) - footprint.arena_nbytes
+    # The node's own plan goes by the same number.
+    memory = CpuDevice().memory()
+    assert (memory.free_nbytes, memory.total_nbytes) == (1 << 30, 2 << 30)
 
 
 def test_rates_say_where_they_come_from() -> None:
