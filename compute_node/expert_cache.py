@@ -288,7 +288,7 @@ class ExpertCache:
             in_use = self._table.find(expert)
             if in_use is not None and in_use.pins:
                 in_use.doomed = True
-                self._lock.wait_for(lambda: in_use.pins == 0)
+                self._lock.wait_for(lambda: in_use.pins == 0 or in_use.expert != expert)  # or another's already
             slot = self._table.find(expert)
             if slot is not None:
                 load = slot.load
