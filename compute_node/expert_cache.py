@@ -325,7 +325,7 @@ class ExpertCache:
             hint = received.hint
             fate = self._prefetcher.book.file(hint)
             if fate is HintFate.TAKEN:
-                self._apply(hint)
+                self._apply(self._prefetcher.book.hint_for(hint.layer) or hint)  # joined with a canary's
             self._tell(HintEvent(self._clock(), hint, fate, received.latency_s, self._look))
         for slot in self._prefetcher.arrivals():
             assert slot.load is not None, "an arrival has its load"
