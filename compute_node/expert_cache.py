@@ -288,7 +288,7 @@ class ExpertCache:
             in_use = self._table.find(expert)
             if in_use is not None and in_use.pins:
                 in_use.doomed = True
-                self._lock.wait_for(lambda: in_use.pins == 0)
+                self._lock.wait_for(lambda: in_use.pins == 0 or in_use.expert != expert)  # or another's already
             slot = self._table.find(expert)
             if slot is not None:
                 load = slot.load
@@ -325,7 +325,7 @@ class ExpertCache:
             hint = received.hint
             fate = self._prefetcher.book.file(hint)
             if fate is HintFate.TAKEN:
-                self._apply(hint)
+                self._apply(self._prefetcher.book.hint_for(hint.layer) or hint)  # joined with a canary's
             self._tell(HintEvent(self._clock(), hint, fate, received.latency_s, self._look))
         for slot in self._prefetcher.arrivals():
             assert slot.load is not None, "an arrival has its load"

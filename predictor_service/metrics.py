@@ -28,6 +28,7 @@ class PredictorCollector(Collector):
             (telemetry.DROPPED_OBSERVATIONS, "Observations dropped by a full queue.", stats.dropped_observations),
             (telemetry.REFUSED_OBSERVATIONS, "Observations that were no use.", stats.refused_observations),
             (telemetry.PREDICTOR_HINTS, "Hints made.", stats.hints),
+            (telemetry.UNSENT_HINTS, "Hints that nodes left no room for.", stats.unsent_hints),
             (telemetry.PREDICT_SECONDS, "Time spent predicting.", stats.predict_s),
         ):
             yield CounterMetricFamily(name, text, value=value)

@@ -140,8 +140,11 @@ class PredictorService(pb_grpc.PredictorServicer):
             _send(channel, self._welcome(entry.session))
             while (event := _await_event(channel, entry.waiting)) is not None:
                 response = self._handle(entry.session, event)
-                if response is not None:
-                    _send(channel, response)
+                if response is not None and not _send(channel, response):
+                    if response.HasField("welcome"):
+                        # It would go on with a version that is none any more; it comes again and is told then.
+                        raise Unavailable("The node does not read, and must hear of another version.")
+                    entry.session.counters.unsent_hints += len(response.hints.hints)
                 self._tell(entry.number, event, response)
 
     @contextmanager
@@ -238,9 +241,9 @@ def _decode(data: bytes) -> pb.PredictRequest:
         raise InvalidInput("A packet is no message of Predict.") from error
 
 
-def _send(channel: PacketChannel, response: pb.PredictResponse) -> None:
-    """A node that does not read, or is gone, is told nothing: what it would be told is late already."""
+def _send(channel: PacketChannel, response: pb.PredictResponse) -> bool:
+    """False for a node that does not read, or is gone: it is told nothing, and hints would be late already."""
     try:
-        channel.send(response.SerializeToString())
+        return channel.send(response.SerializeToString())
     except Unavailable:
-        return
+        return False

@@ -47,12 +47,14 @@ class SessionCounters:
         observations: that came to the predictor.
         refused_observations: not of the running step, or with hidden states that are no numbers.
         hints: that were made.
+        unsent_hints: those of them that the node left no room for: it does not read.
         costs: of the versions that predicted.
     """
 
     observations: int = 0
     refused_observations: int = 0
     hints: int = 0
+    unsent_hints: int = 0
     costs: dict[str, VersionCost] = field(default_factory=dict)
 
     @property

@@ -31,6 +31,7 @@ class PredictorStats:
         dropped_observations: because a queue was full.
         refused_observations: not of the running step, or with hidden states that are no numbers.
         hints: that were made.
+        unsent_hints: those of them that their node left no room for.
         predict_s: time spent predicting.
     """
 
@@ -40,6 +41,7 @@ class PredictorStats:
     dropped_observations: int
     refused_observations: int
     hints: int
+    unsent_hints: int
     predict_s: float
 
 
@@ -147,6 +149,7 @@ class SessionBook(Generic[_Event]):
             dropped_observations=num_dropped,
             refused_observations=total.refused_observations,
             hints=total.hints,
+            unsent_hints=total.unsent_hints,
             predict_s=total.predict_s,
         )
 
@@ -155,5 +158,6 @@ def _add(total: SessionCounters, part: SessionCounters) -> None:
     total.observations += part.observations
     total.refused_observations += part.refused_observations
     total.hints += part.hints
+    total.unsent_hints += part.unsent_hints
     for version, cost in list(part.costs.items()):
         total.costs.setdefault(version, VersionCost()).add(cost)

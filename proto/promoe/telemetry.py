@@ -49,6 +49,7 @@ OBSERVATIONS: Final = "promoe_predictor_observations"
 DROPPED_OBSERVATIONS: Final = "promoe_predictor_dropped_observations"
 REFUSED_OBSERVATIONS: Final = "promoe_predictor_refused_observations"
 PREDICTOR_HINTS: Final = "promoe_predictor_hints"
+UNSENT_HINTS: Final = "promoe_predictor_unsent_hints"
 PREDICT_SECONDS: Final = "promoe_predictor_predict_seconds"
 
 _MAX_PORT: Final = 65535

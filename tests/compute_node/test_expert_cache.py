@@ -218,6 +218,20 @@ def test_retirement_waits_for_the_layer_that_computes_with_the_blob() -> None:
         assert use(opened, 0, [1])[0] == ()
 
 
+def test_retirement_does_not_wait_for_whoever_has_the_slot_next() -> None:
+    with stack(1) as opened:
+        retirer = threading.Thread(target=opened.expert_cache.blob_retired, args=(ExpertId(0, 1),))
+        with opened.expert_cache.acquire(0, [1, 2], ids([1, 2])) as acquisition:
+            arrivals = opened.expert_cache.arrivals(acquisition)
+            slot = opened.expert_cache._table.slots[next(arrivals)[1]]
+            retirer.start()
+            while not slot.doomed:
+                retirer.join(0.001)
+            assert next(arrivals) == (2, slot.index), "streamed through the only slot"
+            retirer.join(DEADLINE_S)
+            assert not retirer.is_alive()
+
+
 def test_integrity_is_checked_for_real() -> None:
     with stack(2) as opened:
         use(opened, 0, [1])

@@ -189,6 +189,25 @@ def test_rows_are_indexed_where_layers_are_computed_and_once_a_step() -> None:
     assert device.num_indexed == 1, "all of them need no numbers"
 
 
+@pytest.mark.gpu
+def test_layers_that_another_stream_computes_than_the_one_between_steps_are_sampled_right() -> None:
+    device = CudaDevice()
+    sampler = Sampler(WantedSamples(1, layer_input=True, router_input=False, routing=False))
+    observer = observer_of(sampler, device=device)
+    computing = torch.cuda.Stream()
+    busy = torch.ones(8192, 8192, device=device.torch_device)
+    for step in range(1, 4):
+        for _ in range(5):  # behind which whatever is begun between the steps would wait
+            torch.mm(busy, busy)
+        observer.begin_step(StepStart(step, (StepSpan("r", 700, is_prefill=True),)))
+        with torch.cuda.stream(computing):
+            for layer in range(NUM_LAYERS):
+                observer.layer_input(layer, layer_input(step, layer, 700).to(device.torch_device))
+    for sample in sampler.samples:
+        assert sample.hidden is not None
+        assert torch.equal(sample.hidden.wait(), layer_input(sample.step, sample.layer, 700)[list(sample.rows)])
+
+
 def test_a_step_without_tokens_is_nobodys() -> None:
     sampler = Sampler(WantedSamples(2, True, True, True))
     observer = observer_of(sampler)

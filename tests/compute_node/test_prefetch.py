@@ -217,6 +217,17 @@ def test_a_hint_is_for_a_visit_that_comes(step: int, layer: int, fate: HintFate)
     assert fates == [fate]
 
 
+def test_eviction_hears_of_what_an_active_version_and_its_canary_say_together() -> None:
+    with stack(POLICIES["proactive"], 3) as opened:
+        begin(opened, 1)
+        for version, expert in (("active@1", 6), ("canary@1", 7)):
+            made = replace(hint(1, 2, [expert], [0.9]), version=version)
+            opened.hints.put(ReceivedHint(made, None))
+        opened.expert_cache.notice()
+        expected = opened.expert_cache._history.next_probability_LE[2]
+        assert expected[6] == expected[7] == pytest.approx(0.9)
+
+
 def test_a_hint_for_the_next_step_outlives_this_one() -> None:
     with stack(POLICIES["proactive"], 4) as opened:
         begin(opened, 1)

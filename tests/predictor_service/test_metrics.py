@@ -20,6 +20,7 @@ STATS = PredictorStats(
     dropped_observations=5,
     refused_observations=3,
     hints=60,
+    unsent_hints=4,
     predict_s=0.25,
 )
 
@@ -41,6 +42,7 @@ def test_the_page_shows_every_figure() -> None:
         (telemetry.DROPPED_OBSERVATIONS, 5),
         (telemetry.REFUSED_OBSERVATIONS, 3),
         (telemetry.PREDICTOR_HINTS, 60),
+        (telemetry.UNSENT_HINTS, 4),
         (telemetry.PREDICT_SECONDS, 0.25),
     ):
         assert samples[f"{name}_total"][0] == value
