@@ -50,8 +50,8 @@ def plot_drift(report: Path, picture: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right", fontsize=8)
     figure.suptitle(
-        f"Demo model, mean of {_WINDOW} documents; in the code's last quarter {document['reached']:.0%} of the way from "
-        "prose's predictor to code's",
+        f"Demo model, mean of {_WINDOW} documents; in the code's last quarter {document['reached']:.0%} of the way "
+        "from prose's predictor to code's",
         fontsize=10,
     )
     picture.parent.mkdir(parents=True, exist_ok=True)
