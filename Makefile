@@ -18,7 +18,7 @@ PROTOS := $(wildcard proto/promoe/v1/*.proto)
 GENERATED := .cache/generated
 # The schemas of released versions: none of them may be broken, and tests speak the older ones.
 RELEASED := proto/released
-BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-drift bench-split bench-upgrade bench-trace bench-device bench-page bench-pack bench-store
+BENCHES := bench-overhead bench-sweep bench-ablation bench-predictors bench-drift bench-learner bench-split bench-upgrade bench-trace bench-device bench-page bench-pack bench-store
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-upgrade test test-compose test-ui check style types schema architecture bench $(BENCHES) proto release-schema interpreted clean

@@ -1,6 +1,7 @@
 """The networks of `learned`, all layers' at once, and how they become its artifact.
 
-Shapes: L MoE layers, B tokens, D hidden, H trunk units, A lookaheads, E experts, F = 3E features, T see TokenBatch.
+Shapes: L MoE layers, V of them shown, B tokens, D hidden, H trunk units, A lookaheads, E experts, F = 3E features, T
+see TokenBatch.
 """
 
 import numpy as np
@@ -53,34 +54,45 @@ class LearnedNets(nn.Module):
         self._target_LA = torch.arange(layers)[:, None] + torch.tensor(lookaheads)[None]
 
     def scored(self, batch: TokenBatch) -> Scored:
-        """Logits of all layers and lookaheads."""
-        layers, experts = self.geometry.num_moe_layers, self.geometry.num_experts
-        num_tokens = batch.hidden_SBD.shape[1]
-        hidden_LBD = batch.hidden_SBD[:layers]
-        units_LBH = torch.baddbmm(
-            self._in_bias_LH[:, None],
-            (hidden_LBD - self._mean_LD[:, None]) * self._scale_LD[:, None],
-            self._in_weight_LHD.transpose(1, 2),
-        ).relu()
-        read_LBO = torch.cat([units_LBH, batch.signature_TBE[:layers]], dim=2)
-        out_LBO = torch.baddbmm(self._out_bias_LO[:, None], read_LBO, self._out_weight_LOO.transpose(1, 2))
-        logits_LABE = out_LBO.view(layers, num_tokens, -1, experts).transpose(1, 2)
-        logits_LABE = logits_LABE + batch.memory_TBF[self._target_LA] @ self._memory_LAFE
-        is_here_LA1 = (self._target_LA < layers)[:, :, None]
-        valid_LAB = (is_here_LA1 | batch.has_next_B) & batch.seen_SB[:layers, None]
-        return Scored(logits_LABE, batch.routed_TBE[self._target_LA], valid_LAB)
+        """Logits of all layers and lookaheads, but of no layer whose hidden states are unknown of every token."""
+        return self._scored(batch, self._shown(batch))
 
     def loss(self, batch: TokenBatch) -> torch.Tensor:
         """Mean cross-entropy."""
-        scored = self.scored(batch)
-        target_LABE = scored.routed_PABE
+        shown_V = self._shown(batch)
+        scored = self._scored(batch, shown_V)
+        target_VA, target_VABE = self._target_LA[shown_V], scored.routed_PABE
         if self.signature is not None:
-            soft_LABE = self._soft(batch.signature_TBE)[self._target_LA]
-            signed_LAB1 = batch.signed_TB[self._target_LA][..., None]
-            target_LABE = torch.where(signed_LAB1, (target_LABE + soft_LABE) / 2, target_LABE)
-        loss_LABE = nn.functional.binary_cross_entropy_with_logits(scored.scores_PABE, target_LABE, reduction="none")
-        valid_LAB = scored.valid_PAB.float()
-        return (loss_LABE.mean(dim=3) * valid_LAB).sum() / valid_LAB.sum().clamp(min=1)
+            soft_VABE = self._soft(batch.signature_TBE)[target_VA]
+            signed_VAB1 = batch.signed_TB[target_VA][..., None]
+            target_VABE = torch.where(signed_VAB1, (target_VABE + soft_VABE) / 2, target_VABE)
+        loss_VABE = nn.functional.binary_cross_entropy_with_logits(scored.scores_PABE, target_VABE, reduction="none")
+        valid_VAB = scored.valid_PAB.float()
+        return (loss_VABE.mean(dim=3) * valid_VAB).sum() / valid_VAB.sum().clamp(min=1)
+
+    def _shown(self, batch: TokenBatch) -> torch.Tensor | slice:
+        """The layers that something can be learned of: what serves with two lookaheads is shown every second one."""
+        shown_L = batch.seen_SB[: self.geometry.num_moe_layers].any(dim=1)
+        return slice(None) if bool(shown_L.all()) else shown_L.nonzero()[:, 0]
+
+    def _scored(self, batch: TokenBatch, shown_V: torch.Tensor | slice) -> Scored:
+        layers, experts = self.geometry.num_moe_layers, self.geometry.num_experts
+        num_tokens = batch.hidden_SBD.shape[1]
+        hidden_VBD = batch.hidden_SBD[:layers][shown_V]
+        units_VBH = torch.baddbmm(
+            self._in_bias_LH[shown_V, None],
+            (hidden_VBD - self._mean_LD[shown_V, None]) * self._scale_LD[shown_V, None],
+            self._in_weight_LHD[shown_V].transpose(1, 2),
+        ).relu()
+        read_VBO = torch.cat([units_VBH, batch.signature_TBE[:layers][shown_V]], dim=2)
+        out_weight_VOO = self._out_weight_LOO[shown_V]
+        out_VBO = torch.baddbmm(self._out_bias_LO[shown_V, None], read_VBO, out_weight_VOO.transpose(1, 2))
+        target_VA = self._target_LA[shown_V]
+        logits_VABE = out_VBO.view(len(target_VA), num_tokens, len(self.lookaheads), experts).transpose(1, 2)
+        logits_VABE = logits_VABE + batch.memory_TBF[target_VA] @ self._memory_LAFE[shown_V]
+        is_here_VA1 = (target_VA < layers)[:, :, None]
+        valid_VAB = (is_here_VA1 | batch.has_next_B) & batch.seen_SB[:layers][shown_V, None]
+        return Scored(logits_VABE, batch.routed_TBE[target_VA], valid_VAB)
 
     def tensors(self) -> dict[str, Float32Array]:
         """The artifact's, with the input's normalisation folded into the first matrix."""

@@ -10,8 +10,9 @@ Goal: in the last quarter of the code at least half of the way from the first pr
 import argparse
 import os
 import tempfile
-from collections.abc import Mapping
-from itertools import count
+import time
+from collections.abc import Iterator, Mapping
+from itertools import count, islice
 from pathlib import Path
 from typing import Final
 
@@ -33,19 +34,23 @@ from predictor_service.predictors.learned import LearnedPredictor
 from predictor_service.shadow.tally import StepComparison
 from predictor_service.trace_playback import RecordedStep
 from predictor_service.training.candidate import CandidateOrder, train_candidate
+from promoe.config import Settings
 from promoe.hint import ObservedKind
 from promoe.model_spec import ModelSpec
 from promoe.pack_manifest import PackManifest
 from tests.bench.demo_model import demo_checkpoint, demo_pack
 from tests.bench.drift_plot import plot_drift
 from tests.bench.report import out_argument, write_report
-from tests.bench.text_routing import TextRouting, code, prose
+from tests.bench.text_routing import RoutedText, TextRouting, code, prose
 from tests.predictor_service.in_memory_stage import InMemoryStage
 from tests.predictor_service.learner_feed import ROUTER_INPUT, step_packets, welcome
 from tests.predictor_service.shadow_play import PlayedPredictor
 
 GOAL: Final = 0.5
 SESSION: Final = 1
+FIRST: Final = "prose@1"
+OTHER: Final = "code@1"
+_MOST_STEPS: Final = 2000
 
 
 class ServedModel:
@@ -55,37 +60,46 @@ class ServedModel:
         self.folder = folder
         self.pack = demo_pack()
         self.spec: ModelSpec = PackManifest.read(self.pack).spec
-        self.texts = TextRouting(demo_checkpoint(), self.pack, self.spec, options.tokens)
-        num_training, num_served = options.training, options.documents
-        everything = num_training + num_served
-        prose_documents = list(self.texts.documents(prose(), "prose", everything))
-        code_documents = list(self.texts.documents(code(), "code", everything))
-        self.first = self._trained("prose", prose_documents[:num_training], options.steps)
-        self.other = self._trained("code", code_documents[:num_training], options.steps)
-        half = num_served // 2
-        served_prose = prose_documents[num_training:]
-        self.served = [*served_prose[:half], *code_documents[num_training:], *served_prose[half:]]
-        self.borders = (half, half + num_served)
+        self._num_prose, num_code = options.prose, options.code
+        texts = TextRouting(demo_checkpoint(), self.pack, self.spec, options.tokens)
+        self._prose = texts.documents(prose(), "prose", options.training + 2 * self._num_prose)
+        self._code = texts.documents(code(), "code", options.training + num_code)
+        self.first = self._trained("prose", islice(self._prose, options.training))
+        self.other = self._trained("code", islice(self._code, options.training))
+        self.borders = (self._num_prose, self._num_prose + num_code)
+
+    def served(self) -> Iterator[RoutedText]:
+        """Prose, code, and prose again; none of it was trained on."""
+        yield from islice(self._prose, self._num_prose)
+        yield from self._code
+        yield from self._prose
 
     def predictor(self, path: Path) -> LearnedPredictor:
         return LearnedPredictor(PredictorSource(self.spec, self.pack, path))
 
-    def _trained(self, name: str, documents: list[list[RecordedStep]], steps: int) -> Path:
+    def _trained(self, name: str, texts: Iterator[RoutedText]) -> Path:
+        """As `promoe predictor train` does it, from every layer."""
+        began_s = time.perf_counter()
         gathered: list[Document] = []
         gatherer = Gatherer(self.spec, 1 << 20, gathered.append)
         gatherer.welcomed(ROUTER_INPUT)
-        for document in documents:
-            for step in document:
-                for packet in step_packets(SESSION, step, ROUTER_INPUT):
+        step = 1
+        for text in texts:
+            for recorded in text.steps(step):
+                step += 1
+                for packet in step_packets(SESSION, recorded, ROUTER_INPUT):
                     feed_client.tell(packet, gatherer)
         gatherer.end_session(SESSION)
-        order = CandidateOrder(None, name, "1", steps, 1e6, 1e-3, {"documents": len(gathered)})
+        order = CandidateOrder(None, name, "1", _MOST_STEPS, 1e6, 1e-3, {"documents": len(gathered)})
 
         def blocks_of(observed: ObservedKind) -> DocumentBlocks:
             return DocumentBlocks.of(gathered, observed, 0.2, 256 << 20)
 
         path, metrics = train_candidate(order, self.spec, self.pack, blocks_of, self.folder, CandidateProgress(1.0))
-        print(f"  {name}@1 on {len(gathered)} documents: loss {metrics['held_out_loss']:.4f}")
+        print(
+            f"{name}@1 from {len(gathered)} documents: loss {metrics['held_out_loss']:.4f}, "
+            f"{time.perf_counter() - began_s:.0f} s"
+        )
         return path
 
 
@@ -111,40 +125,43 @@ class Drift:
 
     def __init__(self, model: ServedModel, config: LearnerConfig, settings: list[str]) -> None:
         self._model = model
-        self.stage = BenchStage("prose@1", model.first)
+        self.stage = BenchStage(FIRST, model.first)
+        self.stage.paths[OTHER] = model.other
         self._child = LearnerChild([word for text in settings for word in ("--set", text)], model.folder)
         numbers = count(2)
         self._conductor = Conductor(config, self.stage, self, lambda _: f"learned@{next(numbers)}")
         self._played: dict[str, PlayedPredictor] = {}
-        self._fixed = {
-            "first": PlayedPredictor(model.predictor(model.first)),
-            "other": PlayedPredictor(model.predictor(model.other)),
-        }
+        # What a node would show: of layers and rows what the version that serves wants.
+        self._shown = model.predictor(model.first).version
+        self._next_step = 1
+        self._ended: tuple[str, ...] = ()
         self.documents: list[dict[str, float]] = []
         self.decisions: list[dict[str, object]] = []
 
     def train(self, base: str, name: str) -> None:
         """See Training."""
-        print(f"  document {len(self.documents)}: {name} is trained from {base}")
+        print(f"  document {len(self.documents)}: {name} is trained from {base}", flush=True)
         self._child.send(Train(self.stage.paths[base], name))
 
     def run(self) -> None:
         """All documents."""
-        self._send(welcome(SESSION, ROUTER_INPUT))
-        for document in self._model.served:
-            self._serve(document)
+        self._send(welcome(SESSION, self._shown))
+        for text in self._model.served():
+            self._serve(text)
         self._child.close()
 
-    def _serve(self, document: list[RecordedStep]) -> None:
-        sums = {"served": 0.0, "first": 0.0, "other": 0.0}
-        for step in document:
-            for packet in step_packets(SESSION, step, ROUTER_INPUT):
+    def _serve(self, text: RoutedText) -> None:
+        steps = text.steps(self._next_step, self._ended)
+        self._next_step, self._ended = self._next_step + len(steps), (text.name,)
+        sums = dict.fromkeys(("served", "first", "other"), 0.0)
+        for step in steps:
+            for packet in step_packets(SESSION, step, self._shown):
                 self._send(packet)
             for name, recall in self._step(step).items():
                 sums[name] += recall
-        decoded = len(document) - 1
-        self.documents.append({name: total / decoded for name, total in sums.items()})
-        self._conductor.requests_ended((document[0].start.spans[0].request_id,))
+        num_decoded = len(steps) - 1
+        self.documents.append({name: total / num_decoded for name, total in sums.items()})
+        self._conductor.requests_ended((text.name,))
         status = self._status()
         self._conductor.gathered(status.documents_seen, status.documents)
         while self._conductor.state is LearnerState.TRAINING:
@@ -152,18 +169,19 @@ class Drift:
         for decision in self.stage.decisions[len(self.decisions) :]:
             entry = {"document": len(self.documents), "action": decision.action, "version": decision.version}
             self.decisions.append({**entry, "why": decision.why, "numbers": decision.numbers})
-            print(f"  document {len(self.documents)}: {decision.action} {decision.version} {decision.why}")
+            print(f"  document {len(self.documents)}: {decision.action} {decision.version} {decision.why}", flush=True)
 
     def _step(self, step: RecordedStep) -> dict[str, float]:
         """Recall of what serves and of those that stay as they are; the shadow is compared."""
         active, shadow = self.stage.active(), self.stage.shadow
-        scores = {version: self._of(version).play(step) for version in (active, shadow) if version is not None}
-        recalls = {name: played.play(step) for name, played in self._fixed.items()} | {"served": scores[active]}
-        if shadow is not None and scores[active] is not None and scores[shadow] is not None:
+        versions = {active, FIRST, OTHER} | ({shadow} if shadow else set())
+        played = {version: self._of(version).play(step) for version in sorted(versions)}
+        scores = {version: score for version, score in played.items() if score is not None}
+        if shadow is not None and scores:
             names = tuple(span.request_id for span in step.start.spans)
-            compared = StepComparison(names, active, shadow, scores[active] or 0.0, scores[shadow] or 0.0)
-            self._conductor.step_compared(compared)
-        return {name: recall for name, recall in recalls.items() if recall is not None}
+            self._conductor.step_compared(StepComparison(names, active, shadow, scores[active], scores[shadow]))
+        roles = {"served": active, "first": FIRST, "other": OTHER}
+        return {role: scores[version] for role, version in roles.items() if version in scores}
 
     def _of(self, version: str) -> PlayedPredictor:
         if version not in self._played:
@@ -184,53 +202,63 @@ class Drift:
     def _take_training(self) -> None:
         for answer in self._child.answers():
             if isinstance(answer, CandidateTrained):
+                print(f"    held-out loss {answer.metrics['held_out_loss']:.4f}")
                 self._conductor.trained(answer.path, answer.metrics)
             elif not isinstance(answer, LearnerStatus):
-                print(f"  {answer.sentence}")
+                print(f"    {answer.sentence}")
                 self._conductor.failed(answer.sentence)
+
+
+def summarize(documents: list[dict[str, float]], borders: tuple[int, int]) -> dict[str, object]:
+    """Mean recalls of each part, and how far the served one had come in the last quarter of the code."""
+    begin, end = borders
+    last = documents[end - (end - begin) // 4 : end]
+    recalls = _means(last)
+    reached = (recalls["served"] - recalls["first"]) / (recalls["other"] - recalls["first"])
+    return {
+        "goal": GOAL,
+        "reached": reached,
+        "met": reached >= GOAL,
+        "recall_last_quarter_of_code": recalls,
+        "recall_prose_before": _means(documents[:begin]),
+        "recall_code": _means(documents[begin:end]),
+        "recall_prose_again": _means(documents[end:]),
+    }
+
+
+def _means(documents: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(entry[name] for entry in documents) / len(documents) for name in documents[0]}
 
 
 def main() -> None:
     """Prints what happens, writes the JSON and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=300, help="of each kind that are served")
-    parser.add_argument("--training", type=int, default=200, help="documents of each kind to train the first ones on")
-    parser.add_argument("--tokens", type=int, default=96, help="of a document")
-    parser.add_argument("--steps", type=int, default=1000, help="of a training")
-    parser.add_argument("--min-documents", type=int, default=32)
-    parser.add_argument("--half-life", type=float, default=300.0, help="seconds")
+    parser.add_argument("--prose", type=int, default=40, help="documents that are served before the code, and after it")
+    parser.add_argument("--code", type=int, default=128, help="documents of it that are served")
+    parser.add_argument("--training", type=int, default=80, help="documents of each kind to train the first ones on")
+    parser.add_argument("--tokens", type=int, default=48, help="of a document")
+    parser.add_argument("--set", action="append", default=[], metavar="learner.KEY=VALUE", help="of the learner")
     out_argument(parser)
     options = parser.parse_args()
+    began_s = time.perf_counter()
+    settings = [*options.set, "learner.cpu_share=1.0", "learner.niceness=0"]  # nothing is served meanwhile
     with tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder:
         model = ServedModel(Path(folder), options)
-        learned = [
-            f"learner.max_steps={options.steps}",
-            f"learner.min_documents={options.min_documents}",
-            f"learner.documents_between_trainings={options.min_documents}",
-            f"learner.half_life_s={options.half_life}",
-        ]
-        config = LearnerConfig(
-            max_steps=options.steps,
-            min_documents=options.min_documents,
-            documents_between_trainings=options.min_documents,
-            half_life_s=options.half_life,
-        )
-        quick = ["learner.cpu_share=1.0", "learner.niceness=0", f"predictor.pack={model.pack}"]
-        drift = Drift(model, config, [*learned, *quick])
+        config = Settings(None, settings).section("learner", LearnerConfig)
+        drift = Drift(model, config, [*settings, f"predictor.pack={model.pack}"])
         drift.run()
-    begin, end = model.borders
-    last = drift.documents[end - (end - begin) // 4 : end]
-    first, other, served = (sum(entry[name] for entry in last) / len(last) for name in ("first", "other", "served"))
-    reached = (served - first) / (other - first)
-    print(f"last quarter of the code: first {first:.3f}, served {served:.3f}, trained on code {other:.3f}")
-    print(f"{reached:.0%} of the way (goal {GOAL:.0%})")
+    summary = summarize(drift.documents, model.borders)
+    recalls = summary["recall_last_quarter_of_code"]
+    assert isinstance(recalls, dict), "of the three"
+    first, served, other = recalls["first"], recalls["served"], recalls["other"]
+    print(f"Last quarter of the code: first {first:.3f}, served {served:.3f}, trained on code {other:.3f}")
+    print(f"{summary['reached']:.0%} of the way (goal {GOAL:.0%}), {time.perf_counter() - began_s:.0f} s")
     measured = {
         "settings": {name: value for name, value in vars(options).items() if name != "out"},
+        "learner": {name: str(value) for name, value in vars(config).items()},
+        "took_s": time.perf_counter() - began_s,
         "borders": model.borders,
-        "goal": GOAL,
-        "reached": reached,
-        "met": reached >= GOAL,
-        "recall_last_quarter_of_code": {"first": first, "served": served, "other": other},
+        **summary,
         "documents": drift.documents,
         "decisions": drift.decisions,
     }
