@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _SILENT: Final = 0
 
+_MAX_COMPLAINT_CHARS: Final = 300
+
 _WHITE_SPACE: Final = r"[ \n\r\t]{0,64}"
 """Bounded: a model that is lost would else go on with white space for ever, which JSON allows."""
 
@@ -43,8 +45,13 @@ class AnswerGrammar:
         """JSON that the schema allows; `{"type": "object"}` is any object."""
         from llguidance import LLMatcher
 
-        text = json.dumps(schema)
-        return cls(LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITE_SPACE}), field)
+        try:
+            text = LLMatcher.grammar_from_json_schema(
+                json.dumps(schema), overrides={"whitespace_pattern": _WHITE_SPACE}
+            )
+        except ValueError as error:
+            raise ValueError(f"{field} cannot be enforced: {_sentence(str(error))}") from error
+        return cls(text, field)
 
     @classmethod
     def of_lark(cls, lark: str, field: str) -> "AnswerGrammar":
@@ -86,10 +93,10 @@ class GrammarCompiler:
         tokenizer = self._prepare(grammar.field)
         complaint = LLMatcher.validate_grammar(grammar.text, tokenizer)
         if complaint and not complaint.startswith("WARNING"):
-            raise ValueError(f"{grammar.field} cannot be enforced: {complaint.splitlines()[0]}")
+            raise ValueError(f"{grammar.field} cannot be enforced: {_sentence(complaint)}")
         matcher = LLMatcher(tokenizer, grammar.text, log_level=_SILENT)
         if matcher.is_error():
-            raise ValueError(f"{grammar.field} cannot be enforced: {matcher.get_error().splitlines()[0]}")
+            raise ValueError(f"{grammar.field} cannot be enforced: {_sentence(matcher.get_error())}")
         return matcher
 
     def _prepare(self, field: str) -> "LLTokenizer":
@@ -102,6 +109,12 @@ class GrammarCompiler:
                 eos = sorted(self._eos_token_ids)
                 self._prepared = from_tokenizer(self._tokenizer, self._vocab_size, eos)
             return self._prepared
+
+
+def _sentence(complaint: str) -> str:
+    """In one line: what is wrong with a pattern is in the last of several."""
+    text = " ".join(complaint.split())
+    return text if len(text) <= _MAX_COMPLAINT_CHARS else f"{text[:_MAX_COMPLAINT_CHARS]}…"
 
 
 class _GrammarConstraint:

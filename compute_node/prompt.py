@@ -161,7 +161,7 @@ class PromptCodec:
         if nbytes > self._limits.max_prompt_bytes:
             raise ValueError(f"prompt has {nbytes} bytes or more; allowed: at most {self._limits.max_prompt_bytes}")
         if not any(texts):
-            raise ValueError("prompt is empty; allowed: a text, a chat with at least one message, or token ids")
+            raise ValueError("prompt is empty; allowed: a text, a chat with text in at least one message, or token ids")
 
     def _detokenize(self, token_ids: Sequence[int]) -> str:
         self.check_ids(token_ids, "token_ids")

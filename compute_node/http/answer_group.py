@@ -2,9 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
-from compute_node.answer import Answer, AnswerEvent
+from compute_node.answer import Answer, AnswerEvent, Finish
+from compute_node.http.api_error import ApiError
+
+CANCELLED: Final = "cancelled"
+"""The code of an answer that somebody else than its client ended."""
 
 GroupEvent: TypeAlias = tuple[int, AnswerEvent] | None
 """What happened to which answer; None when nothing did for a while."""
@@ -19,14 +23,11 @@ class AnswerGroup:
 
     def __init__(self, answers: Sequence[Answer]) -> None:
         self._answers = answers
-
-    @property
-    def prompt_lengths(self) -> list[int]:
-        """Tokens of each answer's prompt."""
-        return [len(answer.request.prompt_ids) for answer in self._answers]
+        self._is_cancelled = False
 
     def cancel(self) -> None:
         """Ends them all within one step; idempotent."""
+        self._is_cancelled = True
         for answer in self._answers:
             answer.cancel()
 
@@ -38,12 +39,17 @@ class AnswerGroup:
 
         Raises:
             DeadlineExceeded, PromoeError: what the first of them failed with; the others are cancelled.
+            ApiError: somebody else ended one of them: half an answer must not look like a whole one.
         """
         happened: asyncio.Queue[tuple[int, AnswerEvent] | asyncio.Task[None]] = asyncio.Queue()
 
         async def follow(index: int, answer: Answer) -> None:
+            event: AnswerEvent | None = None
             async for event in answer.events():
                 happened.put_nowait((index, event))
+            if not isinstance(event, Finish) and not self._is_cancelled:
+                # Of all statuses one that clients do not try again at.
+                raise ApiError(499, f"Request {answer.request.request_id} was cancelled.", code=CANCELLED)
 
         tasks = [asyncio.create_task(follow(index, answer)) for index, answer in enumerate(self._answers)]
         for task in tasks:

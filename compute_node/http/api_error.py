@@ -87,10 +87,15 @@ def status_and_body(error: PromoeError | ValueError, is_chat: bool = False) -> t
     return 500, error_body(str(error), _SERVER, code=type(error).__name__)
 
 
+def api_error_body(error: ApiError) -> dict[str, object]:
+    """An ApiError as a client reads it."""
+    return error_body(str(error), _INVALID, error.param, error.code)
+
+
 def api_error_response(error: ApiError) -> JSONResponse:
     """An ApiError as a response."""
     headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse(error_body(str(error), _INVALID, error.param, error.code), error.status, headers)
+    return JSONResponse(api_error_body(error), error.status, headers)
 
 
 def param_of(message: str) -> str | None:
@@ -159,7 +164,7 @@ def _validation_sentence(error: RequestValidationError) -> tuple[str, str | None
         return message, _path_of(place) or param_of(message)
     if not place:
         return "The body is not a JSON object, or its content-type is not application/json.", None
-    field = _path_of(place)
+    field = _path_of(place, is_key_last=kind == "extra_forbidden")
     if kind == "extra_forbidden":
         return f"{field} is not supported.", field
     if kind == "missing":
@@ -168,17 +173,19 @@ def _validation_sentence(error: RequestValidationError) -> tuple[str, str | None
     return f"{field} is {_shown(first['input'])}; {expectation}.", field
 
 
-def _path_of(place: list[object]) -> str:
-    """`messages[0].content`; pydantic's names of a union's alternatives are left out."""
+def _path_of(place: list[object], is_key_last: bool = False) -> str:
+    """`messages[0].content`; pydantic's names of a union's alternatives are left out, which no key at the end is."""
     path = ""
-    for part in place:
+    for rank, part in enumerate(place):
+        is_key = rank == len(place) - 1 and is_key_last
         if isinstance(part, int):
             path += f"[{part}]"
-        elif str(part).isidentifier() and not str(part)[:1].isupper():
+        elif is_key or (str(part).isidentifier() and not str(part)[:1].isupper()):
             path += f".{part}" if path else str(part)
     return path
 
 
 def _shown(value: object) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
+    text = text.encode(errors="backslashreplace").decode()  # JSON may hold half a character, UTF-8 may not
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"

@@ -58,14 +58,15 @@ def build_app(parts: NodeParts, settings: AppSettings, further: Sequence[APIRout
         *further,
     ):
         app.include_router(router)
-    inner: ASGIApp = app
-    if settings.cors_origins:
-        inner = CORSMiddleware(
-            app,
-            allow_origins=settings.cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("*",),
-            expose_headers=(REQUEST_ID_HEADER, "retry-after"),
-        )
     open_paths = settings.rules.open_paths | page_paths(page)
-    return Edge(inner, replace(settings.rules, open_paths=open_paths))
+    edge = Edge(app, replace(settings.rules, open_paths=open_paths))
+    if not settings.cors_origins:
+        return edge
+    # Outside of the edge: without its headers a page cannot read why it was refused.
+    return CORSMiddleware(
+        edge,
+        allow_origins=settings.cors_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=(REQUEST_ID_HEADER, "retry-after"),
+    )

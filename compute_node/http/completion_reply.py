@@ -12,7 +12,7 @@ from starlette.responses import Response
 from compute_node.answer import AnswerEvent, Finish
 from compute_node.http.answer_group import AnswerGroup
 from compute_node.http.answer_wire import JsonDocument, UsageCount
-from compute_node.http.api_error import status_and_body
+from compute_node.http.api_error import ApiError, api_error_body, status_and_body
 from compute_node.http.event_stream import DONE, KEEPALIVE, EventStream, calling_on_disconnect, event
 from promoe.errors import PromoeError
 
@@ -53,7 +53,7 @@ class CompletionReply:
         """When all is there; a client that leaves meanwhile cancels it.
 
         Raises:
-            DeadlineExceeded, PromoeError: see `AnswerGroup.events`.
+            DeadlineExceeded, PromoeError, ApiError: see `AnswerGroup.events`.
         """
         async with (
             calling_on_disconnect(request.receive, self.group.cancel),
@@ -87,9 +87,9 @@ class CompletionReply:
                         continue
                     for document in self._take(*happened):
                         yield event({**head, "choices": [document]})
-        except PromoeError as error:
+        except (PromoeError, ApiError) as error:
             # The status is long gone; clients know an event with an error.
-            yield event(status_and_body(error)[1])
+            yield event(api_error_body(error) if isinstance(error, ApiError) else status_and_body(error)[1])
             return
         if includes_usage:
             yield event({**head, "choices": [], "usage": self.usage.document()})

@@ -5,7 +5,7 @@ import ipaddress
 
 def is_loopback(host: str) -> bool:
     """True when nobody else is reached, or can reach, by this name or address."""
-    host = host.strip("[]")
+    host = host.strip("[]").lower().removesuffix(".")
     if host == "localhost":
         return True
     try:

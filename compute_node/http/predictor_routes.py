@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Final, TypeVar
@@ -16,7 +17,7 @@ from compute_node.http.node_parts import NodeParts
 from compute_node.http.page_origin import PageOrigin
 from compute_node.http.predictor_fields import ActivateFields, ChangeFields, GuardedFields, ShadowFields
 from compute_node.quality_client import watch_quality
-from promoe.errors import PromoeError, Unavailable
+from promoe.errors import Overloaded, PromoeError, Unavailable
 from promoe.predictor_admin import PredictorAdmin
 from promoe.predictor_versions import QualityReport, VersionChange
 
@@ -24,11 +25,16 @@ _LOOK_DEADLINE_S: Final = 5.0
 _NUM_CHANGES: Final = 30
 _QUALITY_INTERVAL_S: Final = 1.0
 
+_NUM_THREADS: Final = 4
+_MOST_ASKED: Final = 32
+"""Calls that may be under way or wait for a thread; more than that come only when the service hangs."""
+
 _T = TypeVar("_T")
 
 
 class PredictorDesk:
-    """Asks the service at the endpoint that the node is connected to now; calls wait in a thread.
+    """Asks the service at the endpoint that the node is connected to now; calls wait in threads of the desk's own: a
+    service that hangs must not take those that prompts are encoded in.
 
     Args:
         parts: the node.
@@ -36,6 +42,8 @@ class PredictorDesk:
 
     def __init__(self, parts: NodeParts) -> None:
         self._reporter = parts.watch.report.reporter
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, "predictor-desk")
+        self._num_asked = 0
 
     def endpoint(self) -> str:
         """Where it is.
@@ -50,13 +58,21 @@ class PredictorDesk:
 
     async def look(self, ask: Callable[[PredictorAdmin], _T]) -> _T:
         """The answer, which a service that lives has at once; raises PromoeError."""
-        admin = PredictorAdmin(self.endpoint(), _LOOK_DEADLINE_S)
-        return await asyncio.to_thread(ask, admin)
+        return await self._in_thread(ask, PredictorAdmin(self.endpoint(), _LOOK_DEADLINE_S))
 
     async def change(self, ask: Callable[[PredictorAdmin], VersionChange | None]) -> JsonDocument:
         """What was changed; null when it was so already; raises PromoeError."""
-        change = await asyncio.to_thread(ask, PredictorAdmin(self.endpoint()))
+        change = await self._in_thread(ask, PredictorAdmin(self.endpoint()))
         return {"change": None if change is None else _change_document(change)}
+
+    async def _in_thread(self, ask: Callable[[PredictorAdmin], _T], admin: PredictorAdmin) -> _T:
+        if self._num_asked >= _MOST_ASKED:
+            raise Overloaded(f"{self._num_asked} calls wait for the predictor at {admin.endpoint}.")
+        self._num_asked += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, ask, admin)
+        finally:
+            self._num_asked -= 1
 
 
 def predictor_router(parts: NodeParts, origin: PageOrigin) -> APIRouter:

@@ -65,7 +65,8 @@ def test_others_are_let_in_with_a_key_or_on_purpose(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("host", "is_ours_alone"),
     [
-        ("127.0.0.1", True), ("127.9.9.9", True), ("localhost", True), ("[::1]", True),
+        ("127.0.0.1", True), ("127.9.9.9", True), ("localhost", True), ("LocalHost", True), ("localhost.", True),
+        ("[::1]", True),
         ("0.0.0.0", False), ("[::]", False), ("192.168.1.4", False), ("example.org", False),
     ],
 )  # fmt: skip

@@ -58,6 +58,9 @@ def test_pages_of_the_named_origin_may_use_it(guarded: HttpNode) -> None:
     assert allowed.headers["access-control-allow-origin"] == ORIGIN
     answered = guarded.post("/v1/chat/completions", BODY, origin=ORIGIN, authorization=f"Bearer {KEYS[0]}")
     assert answered.headers["access-control-allow-origin"] == ORIGIN
+    refused = guarded.post("/v1/chat/completions", BODY, origin=ORIGIN)
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == ORIGIN, "else the page cannot know that its key is wrong"
     other = httpx2.options(f"{guarded.url}/v1/chat/completions", headers=asked | {"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in other.headers
 

@@ -16,6 +16,20 @@ TEXT = {"model": MODEL, "prompt": "x"}
 
 BAD_CHATS: dict[str, tuple[dict[str, object], str, str | None]] = {
     "unknown field": ({"foo": 1}, "foo is not supported.", "foo"),
+    "unknown field that is no name": ({"my-field": 1}, "my-field is not supported.", "my-field"),
+    "unknown field with a capital": ({"Temperature": 1}, "Temperature is not supported.", "Temperature"),
+    "half a character": ({"model": "\ud800"}, 'The model "\\ud800" does not exist here', "model"),
+    "half a character in a role": (
+        {"messages": [{"role": "\ud800"}]}, 'messages[0].role is "\\ud800"; expected', "messages[0].role",
+    ),
+    "half a character in a schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["\ud800"]}}}},
+        "response_format cannot be enforced: ",
+        "response_format",
+    ),
+    "empty message": (
+        {"messages": [{"role": "user"}]}, "prompt is empty; allowed: a text, a chat with text", "messages",
+    ),
     "audio": ({"audio": {"voice": "alloy"}}, "audio is not supported.", "audio"),
     "modalities": ({"modalities": ["text", "audio"]}, 'modalities[1] is "audio"; expected \'text\'.', "modalities[1]"),
     "functions": ({"functions": [{"name": "f"}]}, "functions is not supported.", "functions"),

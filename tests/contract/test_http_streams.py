@@ -122,3 +122,19 @@ def test_the_other_answers_end_with_the_one_that_failed(node: HttpNode, engine: 
         *_, last = lines_of(response)
     assert "An expert cannot be had." in last
     assert engine.cancelled.get(timeout=TIMEOUT_S) == second
+
+
+@pytest.mark.parametrize("num_answers", [1, 2])
+def test_an_answer_that_somebody_else_ended_is_no_whole_one(
+    node: HttpNode, engine: HeldEngine, num_answers: int
+) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(node.post, "/v1/chat/completions", BODY | {"n": num_answers, "stream": False})
+        first, *others = (engine.submitted.get(timeout=TIMEOUT_S) for _ in range(num_answers))
+        engine.draw(first, 70)
+        assert node.on_loop(lambda behind: behind.parts.admission.cancel_id(first))
+        response = asked.result(TIMEOUT_S)
+    assert response.status_code == 499, "a status that clients do not try again at"
+    error = response.json()["error"]
+    assert (error["code"], first in error["message"]) == ("cancelled", True)
+    assert [engine.cancelled.get(timeout=TIMEOUT_S) for _ in range(num_answers)] == [first, *others]

@@ -169,6 +169,7 @@ export class Chat {
     for await (const data of eventsOf(response)) {
       if (data === "[DONE]") continue;
       const chunk = JSON.parse(data);
+      if (chunk.error?.code === "cancelled") break;
       if (chunk.error) throw new ApiFailure(chunk.error.message, 503, chunk.error.code);
       clock.take(chunk);
       const text = chunk.choices[0]?.delta.content;
