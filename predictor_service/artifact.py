@@ -171,7 +171,10 @@ def read_artifact(path: Path) -> Artifact:
         InvalidInput: it is no artifact, one of another format, or damaged.
     """
     manifest, stored = _read(path, with_tensors=True)
-    return Artifact(manifest, _float32_of(stored), path, path.stat().st_size)
+    try:
+        return Artifact(manifest, _float32_of(stored), path, path.stat().st_size)
+    except (KeyError, IndexError, ValueError, OSError) as error:
+        raise InvalidInput(f"The predictor artifact {path} is damaged: {error}.") from error
 
 
 def read_manifest(path: Path) -> ArtifactManifest:

@@ -72,8 +72,12 @@ class LearnersStage:
         self._tell_news(f"{version} is active: {why}.")
 
     def rollback(self, who: str, why: str, numbers: Mapping[str, float], expected_active: str) -> None:
-        """See Stage."""
-        self._stage.rollback(_wish(who, why, numbers, expected_active))
+        """See Stage: to the version that looks on, also where a person changed versions in between."""
+        wish, previous = _wish(who, why, numbers, expected_active), self._stage.versions.previous
+        if self._shadow is None or (previous is not None and previous.version.version == self._shadow):
+            self._stage.rollback(wish)
+        else:
+            self._stage.activate(self._shadow, wish)
         self._tell_news(f"{self.active()} is active again: {why}.")
 
 

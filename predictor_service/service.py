@@ -110,8 +110,7 @@ class PredictorService(pb_grpc.PredictorServicer):
         self, request_iterator: Iterator[pb.PredictRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.PredictResponse]:
         """One node's session: from its hello until either side ends the stream."""
-        hello = next(request_iterator, None)
-        with self._opened(hello) as entry:
+        with self._opened(_await_hello(request_iterator, context)) as entry:
             yield self._welcome(entry.session)
             reader = threading.Thread(
                 target=_read_events, args=(request_iterator, entry.waiting), name="read", daemon=True
@@ -203,6 +202,17 @@ class PredictorService(pb_grpc.PredictorServicer):
         if hello.max_rows == 0:
             raise InvalidInput("The hello's max_rows is 0; expected the most rows an observation will have.")
         return hello
+
+
+def _await_hello(requests: Iterator[pb.PredictRequest], context: grpc.ServicerContext) -> pb.PredictRequest | None:
+    """None when the node ends the stream first; a call in which it says nothing is cancelled."""
+    timer = threading.Timer(HELLO_DEADLINE_S, context.cancel)
+    timer.daemon = True
+    timer.start()
+    try:
+        return next(requests, None)
+    finally:
+        timer.cancel()
 
 
 def _read_events(requests: Iterator[pb.PredictRequest], waiting: DroppingQueue[pb.PredictRequest]) -> None:

@@ -48,19 +48,16 @@ class SessionCounters:
         refused_observations: not of the running step, or with hidden states that are no numbers.
         hints: that were made.
         unsent_hints: those of them that the node left no room for: it does not read.
-        costs: of the versions that predicted.
+        predict_s: time spent in plug-ins.
+        costs: of the newest versions that predicted.
     """
 
     observations: int = 0
     refused_observations: int = 0
     hints: int = 0
     unsent_hints: int = 0
+    predict_s: float = 0.0
     costs: dict[str, VersionCost] = field(default_factory=dict)
-
-    @property
-    def predict_s(self) -> float:
-        """Time spent in plug-ins."""
-        return sum(cost.predict_s for cost in list(self.costs.values()))
 
 
 @dataclass(frozen=True)
@@ -193,8 +190,12 @@ class Session:
             return ()
         begin_s = time.perf_counter()
         hints = self._guarded(role.predictor, lambda: role.predictions.observe(observation))
-        role.cost.predict_s += time.perf_counter() - begin_s
+        taken_s = time.perf_counter() - begin_s
+        self.counters.predict_s += taken_s
+        role.cost.predict_s += taken_s
         role.cost.observations += 1
+        # Many versions may have come and gone beside this one.
+        self.counters.costs.setdefault(role.predictor.version.version, role.cost)
         return hints
 
     def _opened(self, predictor: Predictor) -> "_Role":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from predictor_service.dropping_queue import DroppingQueue
 from predictor_service.lineup import Lineup
@@ -18,6 +18,9 @@ from promoe.model_spec import ModelSpec
 logger = logging.getLogger(__name__)
 
 _Event = TypeVar("_Event")
+
+MOST_COSTS: Final = 64
+"""Of versions, over all sessions; there is no end to them."""
 
 
 @dataclass(frozen=True)
@@ -159,5 +162,10 @@ def _add(total: SessionCounters, part: SessionCounters) -> None:
     total.refused_observations += part.refused_observations
     total.hints += part.hints
     total.unsent_hints += part.unsent_hints
+    total.predict_s += part.predict_s
     for version, cost in list(part.costs.items()):
-        total.costs.setdefault(version, VersionCost()).add(cost)
+        # What was used last comes last.
+        known = total.costs[version] = total.costs.pop(version, VersionCost())
+        known.add(cost)
+    for version in list(total.costs)[:-MOST_COSTS]:
+        del total.costs[version]

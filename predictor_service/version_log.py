@@ -57,14 +57,7 @@ class VersionLog:
         """All of them, oldest first, those of other services too; raises ResourceExhausted when it cannot be read."""
         if self._path is None:
             return list(self._kept)
-        try:
-            text = self._path.read_bytes()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise ResourceExhausted(f"The versions' history {self._path} cannot be read ({error.strerror}).") from error
-        whole = text[: text.rfind(b"\n") + 1]
-        return [change for line in whole.splitlines() if (change := _decode(line)) is not None]
+        return [change for line in _whole_lines(self._path) if (change := _decode(line)) is not None]
 
     def last_active(self) -> str | None:
         """What this service's last change left active; None before the first, a start being none."""
@@ -110,8 +103,8 @@ class VersionLog:
         try:
             # Other services, and other admins, add to the same file.
             fcntl.flock(fd, fcntl.LOCK_EX)
-            known = self.changes()
-            change = numbered(1 + (known[-1].number if known else 0))
+            # Lines that cannot be read here have numbers, too.
+            change = numbered(1 + max(map(_number_of, _whole_lines(self._path)), default=0))
             _append(fd, change)
             return change
         except OSError as error:
@@ -123,6 +116,17 @@ class VersionLog:
         return ResourceExhausted(
             f"The versions' history {self._path} cannot be written ({error.strerror}); nothing was changed."
         )
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """None where there is no file; raises ResourceExhausted when it cannot be read."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ResourceExhausted(f"The versions' history {path} cannot be read ({error.strerror}).") from error
+    return text[: text.rfind(b"\n") + 1].splitlines()
 
 
 def _append(fd: int, change: VersionChange) -> None:
@@ -143,7 +147,18 @@ def _decode(line: bytes) -> VersionChange | None:
     """None for a line of another version of promoe, or one that was damaged: history is for people, too."""
     try:
         document = json.loads(line)
+        if not isinstance(document["number"], int):
+            return None
         numbers = tuple(VersionMetric(**number) for number in document["numbers"])
         return VersionChange(**{**document, "action": VersionAction(document["action"]), "numbers": numbers})
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def _number_of(line: bytes) -> int:
+    """0 where it does not say."""
+    try:
+        number = json.loads(line)["number"]
+    except (ValueError, TypeError, KeyError):
+        return 0
+    return number if isinstance(number, int) else 0

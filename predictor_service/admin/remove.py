@@ -23,8 +23,8 @@ def main(
         shelf.path_of(name)
         if not force and name in versions_in_use(registry):
             raise InvalidInput(
-                f"{name} is the active version of a service that uses {registry}, or the one before it; activate "
-                "another one first, or say --force."
+                f"{name} is in use by a service of {registry}: it is active, was active before, or is what was tried "
+                "last. `promoe predictor list` says which; activate others first, or say --force."
             )
         shelf.remove(name)
     except (PromoeError, OSError) as error:

@@ -93,8 +93,11 @@ class Conductor:
         return self._compared
 
     def numbers(self) -> dict[str, float]:
-        """Of what is compared now; for status pages."""
-        return self._judge.judgement().numbers() if self._compared is not None else {}
+        """Of what is compared now, and what would decide it; for status pages."""
+        if self._compared is None:
+            return {}
+        needed = {"e_value_needed": 1 / self._config.alpha, "give_up_e_value_needed": 1 / self._config.give_up_alpha}
+        return self._judge.judgement().numbers() | needed
 
     def gathered(self, documents_seen: int, documents_held: int) -> None:
         """How many documents the learner's process has seen since it was started, and holds now."""

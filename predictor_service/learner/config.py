@@ -17,11 +17,13 @@ class LearnerConfig:
 
     Attributes:
         enabled: learn from what is served.
-        max_nbytes: of hidden states and routings that are held in memory.
+        max_nbytes: of hidden states and routings that are held in memory; while a candidate is trained, documents that
+            it is trained on stay until it is done, so that it may be twice as much.
         max_document_tokens: of one document that are held; its first ones.
         half_life_s: after so long a document is half as likely to be held as a new one.
         keep_on_disk: folder where finished documents are kept over restarts; None: they never leave the memory.
-        disk_max_nbytes, disk_max_age_s: what is kept there at most, and for how long.
+        disk_max_nbytes, disk_max_age_s: what is kept there at most, and for how long. A learner removes the rest while
+            it runs; what one leaves behind that is switched off is removed by hand.
         held_out_share: of the documents, which are measured on and never trained on.
         min_documents: that are held before a first training.
         documents_between_trainings: that are new before the next one.

@@ -16,6 +16,9 @@ from promoe.model_spec import ModelSpec
 MOST_OPEN_DOCUMENTS: Final = 256
 """Of all sessions; beyond it the oldest is closed: its end may never be told."""
 
+MOST_SESSIONS: Final = 256
+"""Whose end was not heard are ended, the longest silent first."""
+
 MIN_DECODED_TOKENS: Final = 2
 """A document of fewer teaches nothing of how tokens follow each other."""
 
@@ -67,6 +70,7 @@ class Gatherer:
         self._finished = finished
         self._observed: dict[str, ObservedKind] = {}
         self._steps: dict[int, _RunningStep] = {}
+        # The session that was heard last comes last.
         self._last_step: dict[int, int] = {}
         self._open: OrderedDict[tuple[int, str], _OpenDocument] = OrderedDict()
         self.num_tokens = 0
@@ -88,8 +92,10 @@ class Gatherer:
     def begin_step(self, session: int, start: StepStart) -> None:
         """The step before is over."""
         self._end_step(session)
-        if start.step != self._last_step.get(session, 0) + 1:
+        if start.step != self._last_step.pop(session, 0) + 1:
             self._break(session)
+        while len(self._last_step) >= MOST_SESSIONS:
+            self.end_session(next(iter(self._last_step)))
         self._last_step[session] = start.step
         observed = self._observed.get(start.version, ObservedKind.NONE)
         if observed is ObservedKind.NONE:  # unknown, or nothing to learn from: what comes after does not follow

@@ -70,12 +70,15 @@ class KeptDocuments:
 
     def load(self) -> Iterator[tuple[Document, float]]:
         """Those that can be read, oldest first, and how old they are; what a crash left half is swept away."""
-        if not self._folder.is_dir():
+        try:
+            for partial in self._folder.glob(f"*{_PARTIAL_SUFFIX}"):
+                partial.unlink(missing_ok=True)
+            self.remove_old()
+            files = self._files()
+        except OSError as error:
+            logger.warning("What was kept in %s cannot be used (%s).", self._folder, error.strerror or error)
             return
-        for partial in self._folder.glob(f"*{_PARTIAL_SUFFIX}"):
-            partial.unlink(missing_ok=True)
-        self.remove_old()
-        for path in self._files():
+        for path in files:
             try:
                 with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                     document = _document_of(arrays)
@@ -86,12 +89,20 @@ class KeptDocuments:
                 continue
             yield document, max(0.0, self._wall_clock() - _written_unix_s(path))
 
+    def sweep(self) -> None:
+        """`remove_old`, from time to time; a disk that does not let it is said."""
+        try:
+            self.remove_old()
+        except OSError as error:
+            logger.warning("What is too old in %s cannot be removed (%s).", self._folder, error.strerror or error)
+
     def remove_old(self) -> None:
         """Removes what is older than it may be, and the oldest of what is too much."""
         oldest_unix_s = self._wall_clock() - self._max_age_s
         nbytes = 0
         for path in reversed(self._files()):
-            nbytes += path.stat().st_size
+            with suppress(FileNotFoundError):  # a learner of another service may have been quicker
+                nbytes += path.stat().st_size
             if nbytes > self._max_nbytes or _written_unix_s(path) < oldest_unix_s:
                 path.unlink(missing_ok=True)
 

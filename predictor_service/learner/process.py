@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 _MOST_PACKETS_A_TURN: Final = 256
 """That are read before commands are looked at again."""
 
+_SWEEP_EVERY_S: Final = 60.0
+"""Documents on the disk get too old also while none come."""
+
 
 class LearnerProcess:
     """Runs until the control line ends.
@@ -70,6 +73,7 @@ class LearnerProcess:
         self._kept: KeptDocuments | None = None
         if config.keep_on_disk is not None:
             self._kept = KeptDocuments(config.keep_on_disk, spec, config.disk_max_nbytes, config.disk_max_age_s)
+        self._sweep_at_s = time.perf_counter()
         self._candidate: CandidateThread | None = None
         self._is_paused = False
         self._num_bad_packets = 0
@@ -83,7 +87,7 @@ class LearnerProcess:
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(self._feed, selectors.EVENT_READ)
             while True:
-                ready = {key.fileobj for key, _ in selector.select()}
+                ready = {key.fileobj for key, _ in selector.select(self._sweep())}
                 try:
                     if self._control in ready:
                         self._obey()
@@ -108,6 +112,15 @@ class LearnerProcess:
             trained_tokens=candidate.progress.num_tokens if candidate else 0,
             epochs=candidate.progress.epochs if candidate else 0,
         )
+
+    def _sweep(self) -> float | None:
+        """Removes what is too old by now; in how long that is due again, None for never."""
+        if self._kept is None:
+            return None
+        if time.perf_counter() >= self._sweep_at_s:
+            self._kept.sweep()
+            self._sweep_at_s = time.perf_counter() + min(_SWEEP_EVERY_S, self._config.disk_max_age_s)
+        return max(0.0, self._sweep_at_s - time.perf_counter())
 
     def _read_feed(self) -> bool:
         """What waits there; False when nothing will come any more."""

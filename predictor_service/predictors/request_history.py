@@ -20,6 +20,9 @@ SIGNATURE: Final = 2
 """What the layer's router made of the request's last token, in units of its spread."""
 NUM_FEATURES: Final = 3
 
+MOST_REQUESTS: Final = 1024
+"""That are remembered; the oldest are forgotten, since their end may never be told."""
+
 POPULARITY_DECAY: Final = 0.97
 """Per token. .97 was better than .8 and .9 alone, and beside ROUTED the shorter ones add nothing."""
 
@@ -90,5 +93,7 @@ class RequestHistory:
     def _entry(self, request_id: str) -> Float32Array:
         entry_L3E = self._of_request.get(request_id)
         if entry_L3E is None:
+            while len(self._of_request) >= MOST_REQUESTS:
+                del self._of_request[next(iter(self._of_request))]
             entry_L3E = self._of_request[request_id] = self._unknown_L3E.copy()
         return entry_L3E

@@ -23,7 +23,7 @@ from predictor_service.catalogue import Catalogue
 from predictor_service.registry import Registry
 from predictor_service.shadow.feed_client import Listener, read_packet
 from promoe.config import SettingUnfit
-from promoe.errors import PromoeError, Unavailable
+from promoe.errors import InvalidInput, PromoeError, Unavailable
 from promoe.log_format import LogFormat
 from promoe.pack_manifest import PackManifest
 from promoe.packet_channel import PacketChannel
@@ -45,6 +45,9 @@ def listen(packets: PacketChannel, reports: socket.socket, listener: Listener) -
             packet = packets.receive(max(0.001, due_s - time.perf_counter()) if has_news else None)
         except Unavailable:
             return
+        except InvalidInput as error:  # larger than any message, as two together may be
+            logger.debug("A packet is left out: %s", error)
+            continue
         if packet is not None:
             has_news = True
             try:

@@ -156,6 +156,15 @@ def test_a_tensor_that_is_no_number_is_refused(tmp_path: Path) -> None:
         read_artifact(tmp_path / "a.safetensors").tensor("weight", (1,))
 
 
+@pytest.mark.parametrize("part", [".scale", ".columns"])
+def test_a_matrix_that_lacks_a_part_is_damaged(tmp_path: Path, part: str) -> None:
+    stored = quantized("in.weight", np.ones((2, 40), np.float32))
+    del stored[f"in.weight{part}"]
+    write_artifact(tmp_path / "a.safetensors", MANIFEST, stored)
+    with pytest.raises(InvalidInput, match="is damaged"):
+        read_artifact(tmp_path / "a.safetensors")
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     weight=hnp.arrays(

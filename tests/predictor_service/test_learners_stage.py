@@ -12,6 +12,7 @@ from predictor_service.learner.stage import SERVED_TRAFFIC, SOURCE_KEY
 from predictor_service.learners_stage import LearnersStage
 from predictor_service.registry import Registry
 from promoe.errors import ResourceExhausted
+from promoe.predictor_versions import VersionAction
 from tests.predictor_service.test_artifact import MANIFEST, TENSORS
 from tests.predictor_service.test_stage import ANN, Service
 
@@ -49,6 +50,20 @@ def test_one_of_its_own_gives_way_until_it_is_somebody_else_s(service: Service, 
         learners.set_shadow("frequency@1", "the learner", "", {})
     learners.clear_shadow("the learner", "", {})
     assert service.versions.shadow is not None
+
+
+def test_it_rolls_back_to_what_it_compared_with(service: Service, learners: LearnersStage) -> None:
+    service.stage.activate("frequency", ANN)
+    learners.set_shadow("transition@1", "the learner", "", {})
+    learners.rollback("the learner", "it loses", {}, "frequency@1")
+    assert learners.active() == "transition@1"
+    assert service.versions.log.changes()[-1].action is VersionAction.ROLLBACK
+    # A person was there and is gone again: what was active last is not what was compared.
+    learners.set_shadow("frequency@1", "the learner", "", {})
+    service.stage.activate("none", ANN)
+    service.stage.activate("transition", ANN)
+    learners.rollback("the learner", "it loses", {}, "transition@1")
+    assert learners.active() == "frequency@1"
 
 
 def test_candidates_do_not_fill_the_registry(

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from predictor_service.predictors.request_history import (
+    MOST_REQUESTS,
     NUM_FEATURES,
     POPULAR,
     ROUTED,
@@ -52,6 +53,17 @@ def test_reading_the_unknown_does_not_make_it_known() -> None:
     history.features("new", np.array([0]))[:] = 9
     assert len(history) == 0
     assert history.features("new", np.array([0])).max() < 1
+
+
+def test_requests_whose_end_is_never_told_are_not_kept_for_ever() -> None:
+    history = RequestHistory(1, EXPERTS, PER_TOKEN)
+    for number in range(MOST_REQUESTS + 2):
+        history.learn_routing(0, (str(number),), np.array([[1, 5]], np.uint16))
+    assert len(history) == MOST_REQUESTS
+    layers = np.array([0])
+    unknown = history.features("new", layers)
+    assert (history.features("1", layers) == unknown).all()
+    assert (history.features("2", layers) != unknown).any()
 
 
 def test_popularity_stays_a_share() -> None:

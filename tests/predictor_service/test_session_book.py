@@ -1,11 +1,13 @@
 """All sessions together: how many there may be, what they did, and their common end."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from predictor_service.lineup import Lineup
 from predictor_service.predictors.frequency import FrequencyPredictor
-from predictor_service.session_book import SessionBook, SessionLimits
+from predictor_service.session_book import MOST_COSTS, SessionBook, SessionLimits
 from promoe.errors import Overloaded, Unavailable
 from tests.predictor_service.layer_events import decode_start, make_spec, observed, source_of
 
@@ -63,3 +65,14 @@ def test_the_end_reaches_every_session_and_every_later_one() -> None:
     with pytest.raises(Unavailable, match="Shutting down"), book.opened("c", 4):
         pass
     assert book.stats().sessions == 0
+
+
+def test_costs_of_versions_that_are_long_gone_are_not_kept_for_ever() -> None:
+    predictor = FrequencyPredictor(source_of(SPEC))
+    lineup = Lineup(predictor)
+    book: SessionBook[str] = SessionBook(SPEC, lambda: lineup, SessionLimits(4, 2, 2))
+    for number in range(MOST_COSTS + 2):
+        predictor.version = replace(predictor.version, version=f"frequency@{number}")
+        with book.opened("a", 4):
+            pass
+    assert list(book.costs()) == [f"frequency@{number}" for number in range(2, MOST_COSTS + 2)]

@@ -6,7 +6,7 @@ import numpy as np
 
 from predictor_service.lineup import Canary, Lineup
 from predictor_service.predictors.frequency import FrequencyPredictor
-from predictor_service.session import Session
+from predictor_service.session import MOST_ANNOUNCED, Session
 from promoe.hint import Hint, LayerRouting, Observation, ObservedKind, StepSpan, StepStart
 from tests.predictor_service.layer_events import make_spec, source_of
 from tests.predictor_service.test_versions import NamedPredictor
@@ -113,3 +113,19 @@ def test_what_the_active_version_remembers_stays_when_a_canary_comes_and_goes() 
         assert hinted(2 * step + 1), "the version that was active goes on"
         assert session._active is kept
     assert session.announced_canary is None
+
+
+def test_the_active_version_s_cost_is_told_after_many_canaries() -> None:
+    active = Attentive("a@1")
+    lineups = [Lineup(active, Canary(Attentive(f"c@{number}"), 0.5)) for number in range(2 * MOST_ANNOUNCED)]
+    session = Session("node", SPEC, lambda: lineups[0], max_rows=4)
+    (mine, *_), (other, *_) = requests(Canary(active, 0.5), 1)
+    former_s = 0.0
+    for step in range(1, 2 * MOST_ANNOUNCED):
+        del lineups[:1]
+        session.begin_step(decode(step, mine, other))
+        session.observe(observation(step, 2))
+        assert session.counters.predict_s > former_s, "a total never falls"
+        former_s = session.counters.predict_s
+    assert session.counters.costs["a@1"].observations == 2 * MOST_ANNOUNCED - 1
+    assert len(session.counters.costs) <= MOST_ANNOUNCED + 1

@@ -90,6 +90,16 @@ def test_a_damaged_line_hides_no_other(tmp_path: Path) -> None:
     assert [change.after for change in log.changes()] == ["a@1", "a@2"]
 
 
+@pytest.mark.parametrize("line", ['{"number": 7, "action": "unheard_of"}', '{"number": "x"}', "[7]", "7"])
+def test_a_line_that_cannot_be_read_here_keeps_its_number(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_text(line + "\n")
+    log = VersionLog(path, "s1")
+    change = log.add(VersionAction.ACTIVATE, "a@1", "b@1", WISH)
+    assert change.number == (8 if "action" in line else 1)
+    assert log.changes() == [change]
+
+
 @pytest.mark.parametrize("call", ["fsync", "pwrite"])
 def test_a_full_disk_adds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     log = VersionLog(tmp_path / "h", "s1")

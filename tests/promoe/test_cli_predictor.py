@@ -93,7 +93,7 @@ def test_what_a_service_would_go_on_with_is_removed_by_force_only(tmp_path: Path
     log.add(VersionAction.ACTIVATE, "a@0", "a@1", Wish("ann", ""))
     refused = run(tmp_path, "remove", "a@1")
     assert refused.returncode == 1
-    assert "a@1 is the active version of a service" in refused.stderr
+    assert "a@1 is in use by a service" in refused.stderr
     assert run(tmp_path, "remove", "a@1", "--force").returncode == 0
 
 

@@ -33,6 +33,18 @@ def test_what_is_held_and_how_a_judgement_stands_is_told() -> None:
     ]
 
 
+def test_what_would_decide_a_judgement_is_told_in_words() -> None:
+    numbers = {"documents": 57.0, "gain": 0.0125, "gain_at_least": -0.003, "e_value": 12.34, "e_value_needed": 100.0,
+               "give_up_e_value": 0.2, "give_up_e_value_needed": 10.0}  # fmt: skip
+    progress = tuple(VersionMetric(name, value) for name, value in numbers.items())
+    told = (
+        " was compared on 57 requests: its recall differs by +0.0125 (-0.0030 or more is all but sure). "
+        "Evidence that it is better: 12.3 of 100; that it is not: 0.2 of 10."
+    )
+    for state, who in ((LearnerState.SHADOWING, "The candidate"), (LearnerState.WATCHING, "The version before")):
+        assert learner_lines(LearnerReport(state, progress=progress)).plain.splitlines()[-1] == who + told
+
+
 def test_what_is_off_holds_nothing() -> None:
     assert learner_lines(LearnerReport(LearnerState.OFF, news="It is off.")).plain == "off\nIt is off."
 

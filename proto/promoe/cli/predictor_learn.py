@@ -2,7 +2,7 @@
 
 import getpass
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.text import Text
@@ -12,6 +12,11 @@ from promoe.cli.options import JsonOption, RunDirOption
 from promoe.cli.predictor_versions import PredictorOption, WhyOption, find_admin
 from promoe.cli.quantity import format_nbytes, format_s
 from promoe.predictor_versions import LearnerReport, LearnerState
+
+_JUDGED: Final = frozenset(
+    ("documents", "gain", "gain_at_least", "e_value", "e_value_needed", "give_up_e_value", "give_up_e_value_needed")
+)
+"""Names of a judgement's numbers."""
 
 
 @dataclass(frozen=True)
@@ -55,5 +60,20 @@ def learner_lines(report: LearnerReport) -> Text:
             "",
         )
     if report.progress:
-        text.append("\n" + ", ".join(f"{number.name} {number.value:.4g}" for number in report.progress), "")
+        text.append(f"\n{_judgement_line(report)}", "")
     return text
+
+
+def _judgement_line(report: LearnerReport) -> str:
+    """How far the comparison is, and what would decide it."""
+    numbers = {number.name: number.value for number in report.progress}
+    if not _JUDGED.issubset(numbers):  # of a service of another version
+        return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    # While a promotion is watched, the version before it looks on.
+    who = "The version before" if report.state is LearnerState.WATCHING else "The candidate"
+    return (
+        f"{who} was compared on {numbers['documents']:.0f} requests: its recall differs by {numbers['gain']:+.4f} "
+        f"({numbers['gain_at_least']:+.4f} or more is all but sure). Evidence that it is better: "
+        f"{numbers['e_value']:.3g} of {numbers['e_value_needed']:.3g}; that it is not: "
+        f"{numbers['give_up_e_value']:.3g} of {numbers['give_up_e_value_needed']:.3g}."
+    )

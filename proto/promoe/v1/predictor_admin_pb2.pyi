@@ -686,7 +686,7 @@ class LearnerReport(_message.Message):
     state: Global___LearnerState.ValueType
     paused: _builtins.bool
     documents: _builtins.int
-    """What is gathered now: requests, decoded tokens, and their size in memory."""
+    """What is gathered now: requests, their tokens, and the size in memory."""
     tokens: _builtins.int
     size_bytes: _builtins.int
     oldest_s: _builtins.float
@@ -695,7 +695,9 @@ class LearnerReport(_message.Message):
     """What happened last, or why it is off."""
     @_builtins.property
     def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionMetric]:
-        """Of the judgement that is open: gain, stretches, evidence, and the evidence that is needed."""
+        """Of the judgement that is open: documents (requests compared), gain, gain_at_least, e_value and give_up_e_value (the
+        evidence for and against), and e_value_needed and give_up_e_value_needed, which decide it.
+        """
 
     def __init__(
         self,

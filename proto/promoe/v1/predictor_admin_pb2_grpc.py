@@ -145,15 +145,16 @@ class PredictorAdminServicer(object):
 
     def Train(self, request, context):
         """A candidate is trained from the active version as soon as it can be, and then tried as any that the learner trains.
-        FAILED_PRECONDITION where the service does not learn. Idempotent; the caller may retry.
+        FAILED_PRECONDITION where the service does not learn, INVALID_ARGUMENT while it is paused, UNAVAILABLE while its
+        process is started again. Idempotent; the caller may retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PauseLearner(self, request, context):
-        """The learner gathers and trains no more until it is told to go on; what is gathered is kept, and what is tried goes
-        on. Idempotent; errors as of Train.
+        """The learner gathers, trains, counts and decides no more until it is told to go on; what is gathered is kept, and
+        what looks on does so without being counted. Forgotten when the service ends. Idempotent; errors as of Train.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

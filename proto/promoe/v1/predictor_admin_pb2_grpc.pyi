@@ -60,11 +60,12 @@ class PredictorAdminStub:
     """
     Train: _grpc.UnaryUnaryMultiCallable[_predictor_admin_pb2.TrainRequest, _predictor_admin_pb2.TrainResponse]
     """A candidate is trained from the active version as soon as it can be, and then tried as any that the learner trains.
-    FAILED_PRECONDITION where the service does not learn. Idempotent; the caller may retry.
+    FAILED_PRECONDITION where the service does not learn, INVALID_ARGUMENT while it is paused, UNAVAILABLE while its
+    process is started again. Idempotent; the caller may retry.
     """
     PauseLearner: _grpc.UnaryUnaryMultiCallable[_predictor_admin_pb2.PauseLearnerRequest, _predictor_admin_pb2.PauseLearnerResponse]
-    """The learner gathers and trains no more until it is told to go on; what is gathered is kept, and what is tried goes
-    on. Idempotent; errors as of Train.
+    """The learner gathers, trains, counts and decides no more until it is told to go on; what is gathered is kept, and
+    what looks on does so without being counted. Forgotten when the service ends. Idempotent; errors as of Train.
     """
     GetLearner: _grpc.UnaryUnaryMultiCallable[_predictor_admin_pb2.GetLearnerRequest, _predictor_admin_pb2.GetLearnerResponse]
     """Idempotent; the caller may retry."""
@@ -103,11 +104,12 @@ class PredictorAdminAsyncStub(PredictorAdminStub):
     """
     Train: _aio.UnaryUnaryMultiCallable[_predictor_admin_pb2.TrainRequest, _predictor_admin_pb2.TrainResponse]  # type: ignore[assignment]
     """A candidate is trained from the active version as soon as it can be, and then tried as any that the learner trains.
-    FAILED_PRECONDITION where the service does not learn. Idempotent; the caller may retry.
+    FAILED_PRECONDITION where the service does not learn, INVALID_ARGUMENT while it is paused, UNAVAILABLE while its
+    process is started again. Idempotent; the caller may retry.
     """
     PauseLearner: _aio.UnaryUnaryMultiCallable[_predictor_admin_pb2.PauseLearnerRequest, _predictor_admin_pb2.PauseLearnerResponse]  # type: ignore[assignment]
-    """The learner gathers and trains no more until it is told to go on; what is gathered is kept, and what is tried goes
-    on. Idempotent; errors as of Train.
+    """The learner gathers, trains, counts and decides no more until it is told to go on; what is gathered is kept, and
+    what looks on does so without being counted. Forgotten when the service ends. Idempotent; errors as of Train.
     """
     GetLearner: _aio.UnaryUnaryMultiCallable[_predictor_admin_pb2.GetLearnerRequest, _predictor_admin_pb2.GetLearnerResponse]  # type: ignore[assignment]
     """Idempotent; the caller may retry."""
@@ -185,7 +187,8 @@ class PredictorAdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_predictor_admin_pb2.TrainResponse, _abc.Awaitable[_predictor_admin_pb2.TrainResponse]]:
         """A candidate is trained from the active version as soon as it can be, and then tried as any that the learner trains.
-        FAILED_PRECONDITION where the service does not learn. Idempotent; the caller may retry.
+        FAILED_PRECONDITION where the service does not learn, INVALID_ARGUMENT while it is paused, UNAVAILABLE while its
+        process is started again. Idempotent; the caller may retry.
         """
 
     @_abc_1.abstractmethod
@@ -194,8 +197,8 @@ class PredictorAdminServicer(metaclass=_abc_1.ABCMeta):
         request: _predictor_admin_pb2.PauseLearnerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_predictor_admin_pb2.PauseLearnerResponse, _abc.Awaitable[_predictor_admin_pb2.PauseLearnerResponse]]:
-        """The learner gathers and trains no more until it is told to go on; what is gathered is kept, and what is tried goes
-        on. Idempotent; errors as of Train.
+        """The learner gathers, trains, counts and decides no more until it is told to go on; what is gathered is kept, and
+        what looks on does so without being counted. Forgotten when the service ends. Idempotent; errors as of Train.
         """
 
     @_abc_1.abstractmethod

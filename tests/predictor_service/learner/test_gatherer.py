@@ -118,6 +118,17 @@ def test_documents_whose_end_is_never_told_are_closed() -> None:
     assert run.gatherer.open_nbytes == 0
 
 
+def test_sessions_whose_end_is_never_told_are_not_kept_for_ever() -> None:
+    run = Gathered()
+    steps = made_up_steps(1)
+    for session in range(gatherer.MOST_SESSIONS + 3):
+        run.tell(list(session_packets(session, steps[:5], ROUTER_INPUT))[:-1])
+        run.gatherer.begin_step(0, StepStart(100 + session, (), version=ROUTER_INPUT.version))
+    assert len(run.gatherer._last_step) == len(run.gatherer._steps) == gatherer.MOST_SESSIONS
+    assert 0 in run.gatherer._last_step, "it was heard just now"
+    assert len(run.documents) >= 3
+
+
 def test_tokens_that_were_not_sampled_leave_a_gap() -> None:
     step = made_up_steps(1)[0]
     run = Gathered()

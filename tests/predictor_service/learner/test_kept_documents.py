@@ -1,6 +1,7 @@
 """Documents come back from the disk as they were, for this user only, bounded; what a crash left is no document."""
 
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,17 @@ def test_a_folder_that_cannot_be_is_said_once_per_document_and_no_more(
     kept.keep(documents[0])
     assert "cannot be kept" in caplog.text
     assert names(kept) == []
+    kept.sweep()
+
+
+def test_a_folder_that_may_not_be_read_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, pattern: str) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "glob", refuse)
+    kept = kept_in(tmp_path, Clock())
+    assert names(kept) == []
+    kept.sweep()
+    assert caplog.text.count("Permission denied") == 2

@@ -30,6 +30,7 @@ from promoe.errors import Unavailable
 from tests.predictor_service.learner_feed import ROUTER_INPUT, made_up_steps, session_packets
 from tests.predictor_service.made_up_traces import LearnableModel, learnable_spec
 from tests.promoe.specs import manifest_of
+from tests.running_store import wait_until
 
 DOCUMENTS = 40
 
@@ -219,6 +220,16 @@ def test_memory_is_bounded_and_nothing_is_written_unasked(pack: Path, tmp_path: 
     finally:
         small.child.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_on_the_disk_gets_too_old_while_nothing_is_served(pack: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    aging = Running(pack, tmp_path / "out", f"learner.keep_on_disk={kept}", "learner.disk_max_age_s=1.0")
+    try:
+        aging.serve(1)
+        wait_until(lambda: list(kept.rglob("*.npz")) == [], 30)
+    finally:
+        aging.child.close()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from predictor_service.shadow.__main__ import listen
 from predictor_service.shadow.feed_client import Listener
 from promoe.errors import InvalidInput
 from promoe.hint import Hint, Observation, ObservedKind
-from promoe.packet_channel import PacketChannel
+from promoe.packet_channel import LARGEST_PACKET_NBYTES, PacketChannel
 from tests.predictor_service.shadow.test_feed_client import Foreseeing, begin, observe
 from tests.predictor_service.test_versions import NamedPredictor
 
@@ -46,8 +46,9 @@ def test_a_candidate_that_fails_is_not_taken_for_a_bad_packet(
 
 def test_it_listens_until_the_service_hangs_up(packets: tuple[PacketChannel, PacketChannel]) -> None:
     feed, heard = packets
-    for packet in (b"garbage", begin(1), observe(1, 0, [1, 2]), observe(1, 1, [1, 2]), begin(2)):
-        feed.send(packet)
+    too_large = b"x" * (LARGEST_PACKET_NBYTES + 1)
+    for packet in (b"garbage", too_large, begin(1), observe(1, 0, [1, 2]), observe(1, 1, [1, 2]), begin(2)):
+        assert feed.send(packet)
     feed.shut_down()
     reports, told = socket.socketpair()
     with reports, told:
