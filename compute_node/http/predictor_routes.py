@@ -17,7 +17,7 @@ from compute_node.http.node_parts import NodeParts
 from compute_node.http.page_origin import PageOrigin
 from compute_node.http.predictor_fields import ActivateFields, ChangeFields, GuardedFields, ShadowFields
 from compute_node.quality_client import watch_quality
-from promoe.errors import Overloaded, PromoeError, Unavailable
+from promoe.errors import ModelMismatch, Overloaded, PromoeError, Unavailable
 from promoe.predictor_admin import PredictorAdmin
 from promoe.predictor_versions import QualityReport, VersionChange
 
@@ -83,12 +83,15 @@ def predictor_router(parts: NodeParts, origin: PageOrigin) -> APIRouter:
 
     @router.get("")
     async def versions() -> JsonDocument:
-        found, history = await desk.look(lambda admin: (admin.versions(), admin.history(_NUM_CHANGES)))
+        found, history, learner = await desk.look(
+            lambda admin: (admin.versions(), admin.history(_NUM_CHANGES), _learner(admin))
+        )
         shown = [{**asdict(info), "origin": info.origin.value, "state": info.state.value} for info in found]
         return {
             "endpoint": desk.endpoint(),
             "versions": shown,
             "history": [_change_document(change) for change in history],
+            "learner": learner,
         }
 
     @router.get("/quality", response_model=None)
@@ -125,6 +128,15 @@ def _who(request: Request) -> str:
     """Written into the history; a key is nobody's name."""
     host = request.client.host if request.client is not None else "an unknown host"
     return f"HTTP from {host}"
+
+
+def _learner(admin: PredictorAdmin) -> JsonDocument | None:
+    """How far learning is; None of a service that is too old to say."""
+    try:
+        report = admin.learner()
+    except ModelMismatch:
+        return None
+    return {**asdict(report), "state": report.state.value}
 
 
 def _change_document(change: VersionChange) -> JsonDocument:

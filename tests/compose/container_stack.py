@@ -42,10 +42,12 @@ class ContainerStack:
         self._environment = {**environment}
         self._files = [word for file in files for word in ("--file", str(DEPLOY / file))]
         self._project = project
+        self._further_files: tuple[str, ...] = ()
         self.docker = docker.DockerClient.from_env(environment=self._environment)
 
     def compose(self, *arguments: str, files: tuple[str, ...] = ()) -> str:
         """Runs docker compose to its end, with further files; returns what it printed, and asserts that it could."""
+        self._further_files = tuple(dict.fromkeys((*self._further_files, *files)))
         more = [word for file in files for word in ("--file", str(DEPLOY / file))]
         done = subprocess.run(
             ["docker", "compose", "--project-name", self._project, *self._files, *more, *arguments],
@@ -136,9 +138,10 @@ class ContainerStack:
             ).text
 
     def close(self) -> None:
-        """Takes everything down, volumes too."""
+        """Takes everything down, volumes too, and the networks of every file that was used."""
         try:
-            self.compose("--profile", "tools", "down", "--volumes", "--remove-orphans")
+            down = ("--profile", "tools", "down", "--volumes", "--remove-orphans")
+            self.compose(*down, files=self._further_files)
         finally:
             self.docker.close()
 

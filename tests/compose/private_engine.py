@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -22,11 +23,17 @@ BASE_IMAGE: Final = "python:3.11-slim"
 _APT_SOURCES: Final = Path("/etc/apt/sources.list.d/debian.sources")
 _CERTIFICATES: Final = Path("/etc/ssl/certs/ca-certificates.crt")
 _MERGED_USR_HOOKS: Final = Path("/usr/share/mmdebstrap/hooks/merged-usr")
+_APT_INSTALL: Final = ("apt-get", "install", "-y", "-qq", "--no-install-recommends")
+# runc stays Debian 12's: Debian 13's needs a newer libc.
 _ENGINE_PACKAGES: Final = (".".join(("docker", "io")), "docker-cli", "docker-buildx", "docker-compose")
 _UNREAD_FOLDERS: Final = ("man", "doc", "locale")
 _START_DEADLINE_S: Final = 30.0
 _STOP_DEADLINE_S: Final = 30.0
 _POLL_S: Final = 0.1
+
+
+class NoEngine(Exception):
+    """A step on the way to an engine failed; its output is in the text."""
 
 
 def can_be_installed() -> bool:
@@ -42,14 +49,20 @@ def private_engine(folder: Path) -> Iterator[Mapping[str, str]]:
         folder: new, with room for some gigabytes, and a path short enough for a unix socket.
 
     Raises:
-        CalledProcessError, TimeoutError: a step failed; its output is in the text.
+        NoEngine: it cannot be had here.
     """
     folder.mkdir(parents=True)
     try:
-        with timed("the engine is installed"):
-            _install(folder / "apt")
-        with timed("the base image is made"):
-            rootfs = _make_base(folder)
+        with ThreadPoolExecutor(1) as beside:
+            with timed("what makes the base image is installed"):
+                environment = _apt_environment(folder / "apt")
+                _run("apt-get", "update", "-qq", environment=environment)
+                _run(*_APT_INSTALL, "mmdebstrap", environment=environment)
+            base = beside.submit(_make_base, folder)
+            with timed("the engine is installed"):
+                _run(*_APT_INSTALL, *(f"{package}/trixie" for package in _ENGINE_PACKAGES), environment=environment)
+            with timed("the base image is made beside it"):
+                rootfs = base.result()
         with _running(folder) as environment:
             with timed("the base image is imported"):
                 _run("docker", "import", str(rootfs), BASE_IMAGE, environment=environment)
@@ -60,7 +73,8 @@ def private_engine(folder: Path) -> Iterator[Mapping[str, str]]:
         shutil.rmtree(folder)
 
 
-def _install(apt: Path) -> None:
+def _apt_environment(apt: Path) -> Mapping[str, str]:
+    """In which apt knows Debian 13's packages, too, and leaves the machine's own lists alone."""
     for name in ("lists/partial", "parts", "preferences"):
         (apt / name).mkdir(parents=True)
     sources = _APT_SOURCES.read_text()
@@ -74,12 +88,7 @@ def _install(apt: Path) -> None:
         f'Dir::Etc::preferencesparts "{apt / "preferences"}";\n'
         f'Dir::State::lists "{apt / "lists"}";\n'
     )
-    environment = {**os.environ, "APT_CONFIG": str(configuration), "DEBIAN_FRONTEND": "noninteractive"}
-    _run("apt-get", "update", "-qq", environment=environment)
-    packages = [f"{package}/trixie" for package in _ENGINE_PACKAGES]
-    # runc stays Debian 12's: Debian 13's needs a newer libc.
-    install = ("apt-get", "install", "-y", "-qq", "--no-install-recommends")
-    _run(*install, *packages, "mmdebstrap", environment=environment)
+    return {**os.environ, "APT_CONFIG": str(configuration), "DEBIAN_FRONTEND": "noninteractive"}
 
 
 def _make_base(folder: Path) -> Path:
@@ -131,7 +140,7 @@ def _wait_until_it_answers(daemon: "subprocess.Popen[bytes]", folder: Path, envi
     deadline_s = time.perf_counter() + _START_DEADLINE_S
     while subprocess.run(["docker", "info"], env=environment, capture_output=True, check=False).returncode != 0:
         if daemon.poll() is not None or time.perf_counter() > deadline_s:
-            raise TimeoutError(f"The engine did not come up:\n{(folder / 'dockerd.log').read_text()[-2000:]}")
+            raise NoEngine(f"The engine did not come up:\n{(folder / 'dockerd.log').read_text()[-2000:]}")
         time.sleep(_POLL_S)
 
 
@@ -145,4 +154,4 @@ def _unmount_below(folder: Path) -> None:
 def _run(*command: str, environment: Mapping[str, str]) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr[-2000:])
+        raise NoEngine(f"{' '.join(command[:4])}: exit status {done.returncode}: {done.stderr.strip()[-500:]}")

@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
+import grpc
 import httpx2
 import pytest
+from google.protobuf.message import Message
 from transformers import PreTrainedTokenizerBase
 
 from promoe.node_report import PredictorLink, PredictorState
+from promoe.v1 import predictor_admin_pb2 as pb
 from tests.compute_node.tiny_serving import FixedReport
 from tests.http_node import TIMEOUT_S, HttpNode, ScriptEngine, http_node
 from tests.packs import write_synthetic_pack
@@ -107,6 +111,34 @@ def test_scores_come_for_as_long_as_somebody_watches(node: HttpNode) -> None:
     report = json.loads(line.removeprefix("data: "))
     assert report["comparisons"] == 0
     assert [quality["state"] for quality in report["qualities"]][:1] in ([], ["active"])
+
+
+@pytest.mark.usefixtures("service")
+def test_the_learner_is_told_with_the_versions(node: HttpNode) -> None:
+    learner = node.get("/api/predictor").json()["learner"]
+    assert (learner["state"], learner["documents"], learner["progress"]) == ("off", 0, [])
+
+
+@pytest.mark.usefixtures("service")
+def test_a_service_that_is_too_old_to_learn_still_has_versions(node: HttpNode, service: RunningPredictor) -> None:
+    def answered(response: Message) -> "grpc.RpcMethodHandler[bytes, Message]":
+        return grpc.unary_unary_rpc_method_handler(
+            lambda request, context: response, response_serializer=lambda message: message.SerializeToString()
+        )
+
+    old = {"ListVersions": pb.ListVersionsResponse(), "GetHistory": pb.GetHistoryResponse()}
+    server = grpc.server(ThreadPoolExecutor(1))
+    methods = {name: answered(response) for name, response in old.items()}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("promoe.v1.PredictorAdmin", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    connect(node, PredictorLink(f"127.0.0.1:{port}", PredictorState.CONNECTED, None))
+    try:
+        looked = node.get("/api/predictor").json()
+    finally:
+        connect(node, PredictorLink(service.endpoint, PredictorState.CONNECTED, None))
+        server.stop(0).wait()
+    assert (looked["versions"], looked["learner"]) == ([], None)
 
 
 def test_a_dead_service_is_away_and_the_api_says_so(node: HttpNode, service: RunningPredictor) -> None:

@@ -2,9 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import Final
 
 import pytest
-from playwright.sync_api import BrowserContext, Page, expect
+from playwright.sync_api import BrowserContext, Page, Route, expect
 
 from tests.compute_node.tiny_serving import load_tokenizer
 from tests.http_node import ScriptEngine, http_node
@@ -150,6 +151,46 @@ def test_a_swap_by_button_changes_the_version(page: Page) -> None:
     page.get_by_role("button", name="Roll back").click()
     expect(page.locator("#predictor-result")).to_contain_text("is active again")
     expect(active).not_to_contain_text("transition")
+
+
+LEARNERS: Final = (
+    ({"state": "off", "news": "The service does not learn."}, None),
+    (None, None),
+    ({"state": "gathering"}, "gathers requests to learn from · 37 requests held, 1,204 tokens, 5.20 MB"),
+    ({"state": "gathering", "paused": True}, "is paused · 37 requests held, 1,204 tokens, 5.20 MB"),
+    ({"state": "training"}, "trains a candidate · 37 requests held"),
+    ({"state": "shadowing", "progress": [{"name": "evidence_for", "value": 3.14159}]}, "· evidence for 3.14"),
+    ({"state": "watching", "paused": True}, "watches the version that it promoted, beside the one before (paused"),
+    ({"state": "failed", "news": "It is started again in 5 s."}, "Learner: is away"),
+)
+"""What a service may say of its learner beside its numbers, and what the page says then."""
+
+
+def test_what_the_learner_does_is_told(page: Page) -> None:
+    numbers = {"paused": False, "documents": 37, "tokens": 1204, "size_bytes": 5_200_000, "progress": [], "news": ""}
+    said: dict[str, object] = {}
+
+    def answer(route: Route) -> None:
+        document = route.fetch().json()
+        # The real service of these tests does not learn.
+        assert document["learner"]["state"] == "off"
+        route.fulfill(json=document | said)
+
+    page.route("**/api/predictor", answer)
+    learner = page.locator("#learner")
+    for report, line in LEARNERS:
+        said["learner"] = None if report is None else numbers | report
+        page.reload()
+        # What is said of versions and of the learner is shown at once.
+        expect(page.get_by_role("list", name="Versions").get_by_role("listitem").first).to_be_visible()
+        if report is None or line is None:
+            expect(learner).to_be_hidden()
+            continue
+        expect(learner.locator("p").first).to_contain_text(line)
+        news = str(report.get("news", ""))
+        expect(learner.locator("p").last).to_have_text(news)
+        assert learner.locator("p").last.is_visible() == bool(news)
+    page.unroute_all()
 
 
 def test_a_killed_predictor_is_shown_as_away_and_the_chat_goes_on(page: Page, behind: PageStack) -> None:

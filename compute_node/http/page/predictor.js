@@ -3,6 +3,7 @@
 import { ask, eventsOf, getJson, postJson } from "./api.js";
 import { byId, keyed, make, setText } from "./dom.js";
 import { bytes, localTime, wholePercent } from "./format.js";
+import { showLearner } from "./learner.js";
 
 const LOOK_EVERY_MS = 10000;
 const RANK = ["active", "canary", "shadow", "previous", "available", "unusable"];
@@ -41,9 +42,10 @@ export class PredictorPanel {
   /** Asks the service for its versions. */
   async look() {
     try {
-      const { versions, history } = await getJson("/api/predictor");
+      const { versions, history, learner } = await getJson("/api/predictor");
       this.versions = versions.sort((one, other) => RANK.indexOf(one.state) - RANK.indexOf(other.state));
       this.#showHistory(history);
+      showLearner(learner);
       this.isReached = true;
       this.#score();
     } catch (error) {
@@ -82,6 +84,7 @@ export class PredictorPanel {
     const isUsable = this.state === "connected" && this.isReached === true;
     byId("versions").dataset.stale = String(!isUsable);
     byId("predictor-tools").hidden = !isUsable;
+    if (!isUsable) showLearner(null);
     byId("rollback").disabled = this.isBusy || !this.versions.some(({ state }) => state === "previous" || state === "canary");
     for (const button of byId("versions").querySelectorAll("button")) button.disabled = this.isBusy || !isUsable;
   }
