@@ -61,7 +61,7 @@ def test_draining_an_empty_inbox_costs_less_than_a_microsecond() -> None:
 
 def test_scores_that_are_no_probabilities_are_made_some_by_who_drains() -> None:
     inbox = HintInbox()
-    inbox.calibrate = lambda hint: replace(hint, scores=hint.scores / 2)
+    inbox.calibrate = lambda hint: replace(hint, scores=np.array([0.5], np.float32))
     inbox.put(received(1))
     inbox.put(replace(received(2), is_calibrated=False))
     assert [float(item.hint.scores[0]) for item in inbox.drain()] == [1.0, 0.5]
