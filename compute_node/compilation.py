@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from compute_node import slots
-from promoe import ids
+from promoe import errors
 from promoe.errors import PromoeError
 
 
@@ -27,7 +27,8 @@ def execution() -> Execution:
     """
     if Path(slots.__file__).suffix == ".py":
         return Execution.INTERPRETED
-    node, contract = Path(slots.__file__).parent, Path(ids.__file__).parent
+    # Not the extensions' own folders: one that another one has imported says a wrong place.
+    node, contract = Path(__file__).parent, Path(errors.__file__).parent
     folders = {"compute_node": node, "promoe": contract}
     digest = hashlib.sha256()
     for line in (node / "compiled_modules.txt").read_text().split():

@@ -78,3 +78,11 @@ def test_what_is_compiled_needs_no_torch() -> None:
 def test_all_that_is_listed_is_compiled() -> None:
     for path in MODULES:
         assert list((ROOT / path).parent.glob(f"{path.stem}.*.so")), f"{path} is compiled"
+
+
+@needs_compiled
+@pytest.mark.parametrize("first", ["compute_node.slots", "compute_node.expert_cache"])
+def test_it_can_be_told_whoever_is_imported_first(first: str) -> None:
+    script = f"import {first}\nfrom compute_node.compilation import execution\nprint(execution().value)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == Execution.COMPILED.value, done.stderr
