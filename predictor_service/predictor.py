@@ -50,7 +50,10 @@ class AdoptingSession(Protocol):
     """What a session may be, too: one that goes on where another version's stops."""
 
     def adopt(self, former: PredictorSession) -> None:
-        """Takes over what the former version's session remembers, as far as it has a use for it."""
+        """Takes over what another version's session remembers, as far as it has a use for it and does not know itself.
+
+        A canary that becomes the active version, or an active one whose canary is over, has requests of its own.
+        """
 
 
 class Predictor(Protocol):

@@ -207,21 +207,27 @@ class Session:
 
     def _go_on_with(self, lineup: Lineup) -> None:
         """Between two steps; what the former versions remember of the requests goes on where kinds allow."""
-        former = self._active
+        former, former_canary = self._active, self._canary
         if lineup.active is not former.predictor:
-            self._active = self._heir_of(former, lineup.active)
+            if former_canary is not None and lineup.active is former_canary.predictor:
+                self._active = former_canary
+            else:
+                self._active = self._opened(lineup.active)
+            self._adopt(self._active, former)
+        if former_canary is not None and lineup.canary is None:
+            # Its requests are the active version's from now on.
+            self._adopt(self._active, former_canary)
         if lineup.canary is None:
             self._canary = None
-        elif self._canary is None or lineup.canary.predictor is not self._canary.predictor:
-            self._canary = self._heir_of(former, lineup.canary.predictor)
+        elif former_canary is None or lineup.canary.predictor is not former_canary.predictor:
+            self._canary = self._opened(lineup.canary.predictor)
+            self._adopt(self._canary, former)
         self._lineup = lineup
 
-    def _heir_of(self, former: "_Role", predictor: Predictor) -> "_Role":
-        heir = self._opened(predictor)
+    def _adopt(self, heir: "_Role", former: "_Role") -> None:
         adopting = heir.predictions
-        if isinstance(adopting, AdoptingSession):
-            self._guarded(predictor, lambda: adopting.adopt(former.predictions))
-        return heir
+        if heir is not former and isinstance(adopting, AdoptingSession):
+            self._guarded(heir.predictor, lambda: adopting.adopt(former.predictions))
 
     def _announce(self, lineup: Lineup) -> PredictorVersion:
         self._newest = lineup

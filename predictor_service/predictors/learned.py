@@ -160,7 +160,7 @@ class LearnedSession:
         """See AdoptingSession: where requests were routed stays true; signatures are those of one training."""
         if isinstance(former, LearnedSession):
             same_routers = self._predictor.has_signatures_of(former._predictor)
-            self._history = former._history.copied(with_signatures=same_routers)
+            self._history.learn_requests(former._history, with_signatures=same_routers)
 
     def begin_step(self, start: StepStart) -> None:
         """See PredictorSession."""

@@ -5,7 +5,6 @@ Shapes: L MoE layers, R sampled rows (tokens), K experts per token, E experts; 3
 """
 
 from collections.abc import Sequence
-from copy import copy
 from typing import Final
 
 import numpy as np
@@ -70,14 +69,14 @@ class RequestHistory:
         for request_id, signature_E in zip(requests, signature_RE, strict=True):
             self._entry(request_id)[layer, SIGNATURE] = signature_E
 
-    def copied(self, *, with_signatures: bool) -> "RequestHistory":
-        """The same requests' history for another session, with signatures unknown where they mean something else."""
-        copied = copy(self)
-        copied._of_request = {request_id: entry_L3E.copy() for request_id, entry_L3E in self._of_request.items()}
-        if not with_signatures:
-            for entry_L3E in copied._of_request.values():
-                entry_L3E[:, SIGNATURE] = 0
-        return copied
+    def learn_requests(self, other: "RequestHistory", *, with_signatures: bool) -> None:
+        """Copies of what another session knows of requests unknown here; signatures only where they mean the same."""
+        for request_id, known_L3E in other._of_request.items():
+            if request_id not in self._of_request:
+                entry_L3E = self._entry(request_id)
+                entry_L3E[:] = known_L3E
+                if not with_signatures:
+                    entry_L3E[:, SIGNATURE] = 0
 
     def features(self, request_id: str, layers: np.ndarray) -> Float32Array:
         """(layers, 3E)"""

@@ -71,7 +71,7 @@ def train_candidate(
     try:
         served = trained.as_stored(read_artifact(path))
         before = served.before
-        if before is not None and served.result.measured.loss >= before.loss:
+        if before is not None and not served.result.measured.loss < before.loss:
             raise InvalidInput(
                 f"The candidate is no better than {served.parent} once it is stored in 4 bits (held-out loss "
                 f"{served.result.measured.loss:.4f}, {served.parent}: {before.loss:.4f})."

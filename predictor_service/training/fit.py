@@ -143,7 +143,7 @@ class Fit:
         Ctrl-C ends it with the best epoch so far; before the first epoch is measured KeyboardInterrupt passes through.
 
         Raises:
-            InvalidInput: there is nothing to train on or to measure on.
+            InvalidInput: there is nothing to train on or to measure on, or no loss is a number.
         """
         best: tuple[Measured, dict[str, torch.Tensor]] | None = None
         epoch = num_tokens = 0
@@ -154,7 +154,7 @@ class Fit:
                 num_tokens = self._train_epoch(epoch, num_tokens, progress)
                 measured = self.measure()
                 epoch += 1
-                if best is None or measured.loss < best[0].loss:
+                if math.isfinite(measured.loss) and (best is None or measured.loss < best[0].loss):
                     best, worse = (measured, self._state()), 0
                 else:
                     worse += 1
@@ -164,7 +164,8 @@ class Fit:
             if best is None:
                 raise
             was_interrupted = True
-        assert best is not None, "at least one epoch was measured"
+        if best is None:
+            raise InvalidInput("No epoch's loss on held-out documents is a number: training went astray.")
         self._restore(best[1])
         return FitResult(best[0], epoch, num_tokens, was_interrupted)
 

@@ -192,7 +192,7 @@ def train(
     before = fit.measure()
     result = fit.run(progress)
     name = f"{parent.manifest.name}@{parent.manifest.version}"
-    if result.measured.loss >= before.loss:
+    if not result.measured.loss < before.loss:  # nor a loss that is no number
         raise InvalidInput(
             f"No epoch is better than {name} on held-out documents (loss {result.measured.loss:.4f}, {name}: "
             f"{before.loss:.4f}): nothing is written."

@@ -66,6 +66,22 @@ def test_requests_whose_end_is_never_told_are_not_kept_for_ever() -> None:
     assert (history.features("2", layers) != unknown).any()
 
 
+@pytest.mark.parametrize("with_signatures", [True, False])
+def test_what_another_session_knows_is_learned_where_nothing_is_known(with_signatures: bool) -> None:
+    mine, other = RequestHistory(1, EXPERTS, PER_TOKEN), RequestHistory(1, EXPERTS, PER_TOKEN)
+    mine.learn_routing(0, ("both",), np.array([[1, 5]], np.uint16))
+    other.learn_routing(0, ("both", "theirs"), np.array([[2, 3], [2, 3]], np.uint16))
+    other.learn_signature(0, ("theirs",), np.ones((1, EXPERTS), np.float32))
+    layers, before = np.array([0]), mine.features("both", np.array([0]))
+    mine.learn_requests(other, with_signatures=with_signatures)
+    assert (mine.features("both", layers) == before).all()
+    learned_FE = mine.features("theirs", layers).reshape(NUM_FEATURES, EXPERTS)
+    assert np.flatnonzero(learned_FE[ROUTED]).tolist() == [2, 3]
+    assert learned_FE[SIGNATURE].any() == with_signatures
+    mine.learn_routing(0, ("theirs",), np.array([[0, 1]], np.uint16))
+    assert other.features("theirs", layers)[0, 2] == 1, "what is copied is not shared"
+
+
 def test_popularity_stays_a_share() -> None:
     history = RequestHistory(1, EXPERTS, PER_TOKEN)
     for _ in range(300):

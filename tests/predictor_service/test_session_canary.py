@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from predictor_service.lineup import Canary, Lineup
+from predictor_service.predictor import PredictorSession
 from predictor_service.predictors.frequency import FrequencyPredictor
 from predictor_service.session import MOST_ANNOUNCED, Session
 from promoe.hint import Hint, LayerRouting, Observation, ObservedKind, StepSpan, StepStart
@@ -129,3 +131,36 @@ def test_the_active_version_s_cost_is_told_after_many_canaries() -> None:
         former_s = session.counters.predict_s
     assert session.counters.costs["a@1"].observations == 2 * MOST_ANNOUNCED - 1
     assert len(session.counters.costs) <= MOST_ANNOUNCED + 1
+
+
+class Mindful(Attentive):
+    """Knows whose requests it saw, and what it was told by another."""
+
+    def __init__(self, version: str) -> None:
+        super().__init__(version)
+        self.known: set[str] = set()
+        self.told: list[set[str]] = []
+
+    def begin_step(self, start: StepStart) -> None:
+        super().begin_step(start)
+        self.known |= {span.request_id for span in start.spans}
+
+    def adopt(self, former: PredictorSession) -> None:
+        assert isinstance(former, Mindful)
+        self.told.append(set(former.known))
+
+
+@pytest.mark.parametrize("becomes_active", [True, False])
+def test_when_a_canary_is_over_who_goes_on_is_told_of_the_other_s_requests(becomes_active: bool) -> None:
+    active, tried = Mindful("a@1"), Mindful("c@1")
+    canary = Canary(tried, 0.5)
+    lineup = Lineup(active, canary)
+    session = Session("node", SPEC, lambda: lineup, max_rows=4)
+    (mine, *_), (other, *_) = requests(canary, 1)
+    session.begin_step(decode(1, mine, other))
+    lineup = Lineup(tried if becomes_active else active)
+    session.begin_step(decode(2, mine, other))
+    session.begin_step(decode(3, mine, other))
+    assert (tried.told if becomes_active else active.told) == [{other} if becomes_active else {mine}]
+    assert session._active.predictor is (tried if becomes_active else active)
+    assert session._canary is None

@@ -189,10 +189,10 @@ export class PredictorPanel {
 }
 
 function metaOf(info) {
-  const recall = info.metrics.filter(({ name }) => name.startsWith("recall")).map(({ value }) => value);
+  const recall = info.metrics.filter(({ name }) => name.startsWith("recall_at_k_")).map(({ value }) => value);
   const parts = [info.origin === "plugin" ? "plug-in" : `${info.kind}, ${info.origin}`];
   if (info.size_bytes) parts.push(bytes(info.size_bytes));
-  if (recall.length) parts.push(`recall ${Math.max(...recall).toFixed(3)} when trained`);
+  if (recall.length) parts.push(`recall@k ${Math.max(...recall).toFixed(3)} when trained`);
   if (info.parent) parts.push(`trained from ${info.parent}`);
   return parts.join(" · ");
 }

@@ -171,7 +171,7 @@ def _versions_table(versions: list[VersionInfo]) -> Table:
     for name in ("state", "from", "size", "recall@k", *(("trained from",) if has_parents else ()), "published"):
         table.add_column(name)
     for info in versions:
-        recall = [metric.value for metric in info.metrics if metric.name.startswith("recall")]
+        recall = [metric.value for metric in info.metrics if metric.name.startswith("recall_at_k_")]
         table.add_row(
             info.version,
             Text(info.state.value, style=STATE_COLOURS.get(info.state, "")),

@@ -327,7 +327,7 @@ class Observation(_message.Message):
     """Tokens of the step."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Of each sampled row: its index among the step's tokens."""
+        """Of each sampled row: its index among the step's tokens, ascending."""
 
     @_builtins.property
     def hidden(self) -> Global___Tensor:

@@ -111,6 +111,15 @@ def test_ctrl_c_before_the_first_epoch_ends_all(tmp_path: Path) -> None:
         train(small_training("learned"), learnable_spec(), model.write_pack(tmp_path / "p"), blocks, Interrupted(0))
 
 
+def test_a_training_that_goes_astray_is_none(tmp_path: Path) -> None:
+    model = LearnableModel()
+    training = small_training("learned")
+    wild = replace(training, fit=replace(training.fit, learning_rate=1e30, epochs=1))
+    pack = model.write_pack(tmp_path / "p")
+    with pytest.raises(InvalidInput, match="went astray"):
+        train(wild, learnable_spec(), pack, made_up_blocks(model, "learned"), SilentProgress())
+
+
 def test_a_model_whose_routers_are_unknown_is_learned_from_its_routing_alone(tmp_path: Path) -> None:
     model = LearnableModel()
     spec = replace(learnable_spec(), family="afmoe")
