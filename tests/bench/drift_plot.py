@@ -61,7 +61,7 @@ def plot_drift(report: Path, picture: Path) -> None:
 
 def _name_kinds(axis: Axes, borders: Sequence[int]) -> None:
     top = axis.get_ylim()[1]
-    for name, begin, end in zip(("prose", "code", "prose again"), borders, borders[1:], strict=True):
+    for name, begin, end in zip(("prose", "code", "prose again"), borders[:-1], borders[1:], strict=True):
         axis.text((begin + end) / 2, top, name, ha="center", va="bottom", fontsize=10, weight="bold")
         if begin:
             axis.axvline(begin, color="black", linewidth=1.2)
