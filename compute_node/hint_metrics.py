@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from compute_node.takeovers import TakeoverCounts
 from promoe import telemetry
 from promoe.node_report import HintStats, Histogram, PredictorLink, PredictorState, PrefetchStats
 
@@ -16,6 +17,7 @@ class HintCollector(Collector):
         hint_stats: the counters, as they are now.
         prefetch_stats: likewise.
         predictor_link: likewise.
+        takeover_counts: likewise.
     """
 
     def __init__(
@@ -23,10 +25,12 @@ class HintCollector(Collector):
         hint_stats: Callable[[], HintStats],
         prefetch_stats: Callable[[], PrefetchStats],
         predictor_link: Callable[[], PredictorLink],
+        takeover_counts: Callable[[], TakeoverCounts],
     ) -> None:
         self._hint_stats = hint_stats
         self._prefetch_stats = prefetch_stats
         self._predictor_link = predictor_link
+        self._takeover_counts = takeover_counts
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]:
         """All of them."""
@@ -57,6 +61,13 @@ class HintCollector(Collector):
         yield self._prefetched()
         connected = float(self._predictor_link().state is PredictorState.CONNECTED)
         yield GaugeMetricFamily(telemetry.PREDICTOR_CONNECTED, "1 while the predictor is connected.", connected)
+        counts = self._takeover_counts()
+        yield _by_label(
+            telemetry.PREDICTOR_TAKEOVERS,
+            "Other predictors that were to take over, by what came of it.",
+            "outcome",
+            [("switched", counts.switched), ("refused", counts.refused), ("returned", counts.returned)],
+        )
 
     def _prefetched(self) -> CounterMetricFamily:
         stats = self._prefetch_stats()

@@ -8,7 +8,7 @@ from compute_node.hint_link import Connection
 from compute_node.hint_quality import DurationCounts, HintScore, HintScores, ScoreKey
 from compute_node.hint_session import HintTraffic
 from compute_node.step_ledger import Phase
-from compute_node.takeovers import Takeovers
+from compute_node.takeovers import TakeoverCounts, Takeovers
 from promoe.hint import PredictorVersion
 from promoe.node_report import (
     ActivePredictor,
@@ -54,6 +54,10 @@ class HintReport:
             previous=takeovers.previous,
             last_switch=takeovers.last_switch,
         )
+
+    def takeover_counts(self) -> TakeoverCounts:
+        """How often another predictor was wished for, and what came of it."""
+        return TakeoverCounts() if self.takeovers is None else self.takeovers.counts
 
     def hint_stats(self) -> HintStats:
         """The counters, as they are now."""

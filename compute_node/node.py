@@ -215,7 +215,12 @@ class ComputeNode:
         attached = Gauge(telemetry.STORE_ATTACHED, "1 while the store is attached.", registry=self._registry)
         attached.set_function(lambda: float(report.store.state is StoreState.ATTACHED))
         self._registry.register(
-            HintCollector(report.hints.hint_stats, report.prefetch_stats, report.hints.predictor_link)
+            HintCollector(
+                report.hints.hint_stats,
+                report.prefetch_stats,
+                report.hints.predictor_link,
+                report.hints.takeover_counts,
+            )
         )
         self._closers.enter_context(
             telemetry.metrics_page(self._registry, "compute.metrics_listen", self._config.metrics_listen)

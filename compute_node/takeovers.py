@@ -55,6 +55,21 @@ class _Wish:
     outcome: "Future[PredictorSwitch | None]"
 
 
+@dataclass
+class TakeoverCounts:
+    """Since the start.
+
+    Attributes:
+        switched: another predictor was wished for and has taken over.
+        refused: it could not.
+        returned: one on trial failed, and the node went back by itself.
+    """
+
+    switched: int = 0
+    refused: int = 0
+    returned: int = 0
+
+
 class Takeovers:
     """Owns the roles of one link.
 
@@ -66,11 +81,13 @@ class Takeovers:
     Attributes:
         link: see above.
         last_switch: the last change of the endpoint; None before the first.
+        counts: see TakeoverCounts.
     """
 
     def __init__(self, link: HintLink, endpoint: str, times: TakeoverTimes | None = None) -> None:
         self.link = link
         self.last_switch: PredictorSwitch | None = None
+        self.counts = TakeoverCounts()
         self._first_endpoint = endpoint
         self._times = times or TakeoverTimes()
         self._trial: Trial | None = None
@@ -174,6 +191,7 @@ class Takeovers:
             self._warm_up(candidate)
         except PromoeError as error:
             self._let_go(candidate)
+            self.counts.refused += 1
             refusal = _refusal(error, wish.endpoint, self.endpoint)
             logger.warning("%s (Asked for by %s: %s)", refusal, wish.who, wish.why or "no reason given")
             wish.outcome.set_exception(refusal)
@@ -236,6 +254,10 @@ class Takeovers:
         switch = PredictorSwitch(now_unix_s, self.endpoint, candidate.endpoint, who, why, is_return)
         self._trial = None
         self.last_switch = switch
+        if is_return:
+            self.counts.returned += 1
+        else:
+            self.counts.switched += 1
         self.link.roles = Roles(candidate)
         candidate.client.log.is_quiet = False
         if before is not None:

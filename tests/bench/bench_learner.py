@@ -43,6 +43,7 @@ KINDS: Final = (WITHOUT, PAUSED, TRAINING)
 
 _GATHERING_LAYER_S: Final = 0.2e-3
 _BEGIN_S: Final = 120.0
+_GATHER_S: Final = 300.0
 _SETTLE_S: Final = 1.0
 """Between two stretches: what a pause or its end sets going is over then."""
 
@@ -61,6 +62,7 @@ class Services:
         spec = PackManifest.read(pack).spec
         self._texts = texts
         self._next_step = {WITHOUT: 1, TRAINING: 1}
+        self._ended: dict[str, tuple[str, ...]] = {WITHOUT: (), TRAINING: ()}
         self._nodes: dict[str, ShownNode] = {}
         services: dict[str, RunningPredictor] = {}
         # It trains when it is told to, and is not done before this is.
@@ -74,9 +76,14 @@ class Services:
         self._learner = _learner_of(psutil.Process(services[TRAINING].process.pid))
 
     def begin_training(self) -> None:
-        """Shows every text to the service with the learner, and lets it train."""
-        self._show(TRAINING, iter(self._texts), _GATHERING_LAYER_S)
-        wait_until(lambda: self.admin.learner().documents >= len(self._texts) - 1, _BEGIN_S)
+        """Shows texts to the service with the learner until it holds as many documents, and lets it train."""
+        begin_s = time.perf_counter()
+        for text in cycle(self._texts):  # what it is shown before its process listens is lost
+            self._show(TRAINING, iter([text]), _GATHERING_LAYER_S)
+            if self.admin.learner().documents >= len(self._texts):
+                break
+            if time.perf_counter() - begin_s > _GATHER_S:
+                raise SystemExit(f"The learner holds {self.admin.learner().documents} documents: it is not heard.")
         assert self.admin.train(WHO, "to see what it costs"), "it does nothing else"
         cpu_s = self._cpu_s()
         wait_until(lambda: self._cpu_s() - cpu_s > 2 * _SETTLE_S, _BEGIN_S)  # torch is loaded, steps are taken
@@ -94,11 +101,10 @@ class Services:
 
     def _show(self, name: str, texts: Iterator[RoutedText], layer_s: float) -> list[float]:
         latencies: list[float] = []
-        ended: tuple[str, ...] = ()
         for text in texts:
-            steps = text.steps(self._next_step[name], ended)
+            steps = text.steps(self._next_step[name], self._ended[name])
             self._next_step[name] += len(steps)
-            ended = (text.name,)
+            self._ended[name] = (text.name,)
             latencies += self._nodes[name].show(steps, layer_s)
         return latencies
 

@@ -48,7 +48,7 @@ def plot_drift(report: Path, picture: Path) -> None:
     _name_kinds(axis, (0, *document["borders"], len(document["documents"])))
     axis.set(xlabel="documents served", ylabel="recall@k of the hints", xlim=(-1, len(document["documents"])))
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(loc="upper left", fontsize=8)
     figure.suptitle(
         f"Demo model, mean of {_WINDOW} documents; in the code's last quarter {document['reached']:.0%} of the way "
         "from prose's predictor to code's",
@@ -61,7 +61,7 @@ def plot_drift(report: Path, picture: Path) -> None:
 
 def _name_kinds(axis: Axes, borders: Sequence[int]) -> None:
     top = axis.get_ylim()[1]
-    for name, begin, end in zip(("prose", "code", "prose again"), borders, borders[1:], strict=True):
+    for name, begin, end in zip(("prose", "code", "prose again"), borders[:-1], borders[1:], strict=True):
         axis.text((begin + end) / 2, top, name, ha="center", va="bottom", fontsize=10, weight="bold")
         if begin:
             axis.axvline(begin, color="black", linewidth=1.2)

@@ -8,6 +8,7 @@ from compute_node.hint_inbox import HintInbox, ReceivedHint
 from compute_node.hint_metrics import HintCollector
 from compute_node.hint_quality import HintScores
 from compute_node.hint_report import HintReport
+from compute_node.takeovers import TakeoverCounts
 from promoe.hint import Hint, StepSpan
 from promoe.node_report import PredictorLink, PredictorState, PrefetchStats, StepPhase
 from promoe.trace_events import HintEvent, HintFate, LayerEvent, StepEvent
@@ -45,17 +46,21 @@ def test_the_report_names_every_fate_and_score(report: HintReport) -> None:
     assert (sum(stats.latency.counts), sum(stats.time_until_use.counts)) == (3, 2)
     assert len(stats.latency.counts) == len(stats.latency.bounds_s) + 1
     assert report.predictor_link() == PredictorLink("", PredictorState.NONE, None)
+    assert report.takeover_counts() == TakeoverCounts()
 
 
 def test_the_page_says_the_same(report: HintReport) -> None:
     registry = CollectorRegistry()
     link = PredictorLink("unix:p", PredictorState.CONNECTED, None)
     prefetch = PrefetchStats(useful_bytes=1, late_bytes=2, wasted_bytes=3, streamed_bytes=4, link_bytes_per_s=5.0)
-    registry.register(HintCollector(report.hint_stats, lambda: prefetch, lambda: link))
+    counts = TakeoverCounts(switched=3, refused=1, returned=2)
+    registry.register(HintCollector(report.hint_stats, lambda: prefetch, lambda: link, lambda: counts))
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"promoe_{name}", labels)
 
+    for outcome, count in (("switched", 3), ("refused", 1), ("returned", 2)):
+        assert value("predictor_takeovers_total", outcome=outcome) == count
     assert value("hints_total", fate="taken") == 2
     assert value("hints_total", fate="overflow") == 1
     assert value("node_observations_total", outcome="sent") == 0

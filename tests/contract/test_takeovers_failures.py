@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from compute_node.predictor_trial import MOST_FAULTS, TakeoverTimes
-from compute_node.takeovers import ITSELF
+from compute_node.takeovers import ITSELF, TakeoverCounts
 from promoe.errors import (
     InternalError,
     InvalidInput,
@@ -93,6 +93,7 @@ def test_who_fails_while_it_is_tried_out_does_not_take_over(
         assert f"the node stays with the one at {services.endpoint('old')}" in str(refused.value)
         assert engine.takeovers.endpoint == services.endpoint("old")
         assert (engine.takeovers.candidate, engine.takeovers.last_switch) == ("", None)
+        assert engine.takeovers.counts == TakeoverCounts(refused=1)
         num_hints = len(engine.hints_of("old"))
         wait_until(lambda: len(engine.hints_of("old")) > num_hints + 10)
         assert {received.hint.version for received in engine.received} == {"old"}
@@ -184,6 +185,7 @@ def test_who_fails_on_trial_is_left_for_the_one_before(
         if way == "dies":
             new.kill()
         wait_until(lambda: engine.takeovers.endpoint == services.endpoint("old"))
+        assert engine.takeovers.counts == TakeoverCounts(switched=1, returned=1)
         switch = engine.takeovers.last_switch
         assert switch is not None
         assert (switch.is_return, switch.who, switch.before) == (True, ITSELF, new.endpoint)

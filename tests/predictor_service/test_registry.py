@@ -16,6 +16,7 @@ from predictor_service import registry as registry_module
 from predictor_service.artifact import read_artifact, write_artifact
 from predictor_service.registry import Registry, VersionName
 from promoe.errors import InvalidInput, ModelMismatch, ModelNotFound, PromoeError, ResourceExhausted
+from tests.predictor_service.full_disk import full_disk
 from tests.predictor_service.layer_events import make_spec
 from tests.predictor_service.test_artifact import MANIFEST, TENSORS
 
@@ -125,6 +126,17 @@ def test_a_full_disk_leaves_nothing_behind(
     assert files_in(registry) == []
     monkeypatch.undo()
     assert str(registry.publish(written(tmp_path)).name) == "a@1"
+
+
+def test_a_disk_that_is_really_full_takes_no_part_of_a_version(registry: Registry, tmp_path: Path) -> None:
+    source = written(tmp_path)
+    with full_disk(registry.folder) as filling:
+        with pytest.raises(ResourceExhausted, match=r"No space left on device.*nothing was changed"):
+            registry.publish(source)
+        assert files_in(registry) == [filling.name]
+        filling.unlink()
+        assert str(registry.publish(source).name) == "a@1"
+        assert read_artifact(registry.path_of(VersionName("a", "1"))).manifest == MANIFEST
 
 
 KILLED_PUBLISHER = """

@@ -27,6 +27,7 @@ from predictor_service.learner.control import (
 from predictor_service.predictor import PredictorSource
 from predictor_service.predictors.learned import LearnedPredictor
 from promoe.errors import Unavailable
+from tests.predictor_service.full_disk import full_disk
 from tests.predictor_service.learner_feed import ROUTER_INPUT, made_up_steps, session_packets
 from tests.predictor_service.made_up_traces import LearnableModel, learnable_spec
 from tests.promoe.specs import manifest_of
@@ -124,6 +125,20 @@ def test_it_learns_from_what_is_served_and_goes_on_from_a_parent(pack: Path, eag
     assert isinstance(failed, TrainingFailed)
     assert "cannot be written" in failed.sentence
     assert sorted(path for path in out.iterdir() if path.is_file()) == before
+
+
+def test_a_disk_that_is_really_full_ends_the_training_with_a_sentence(eager: Running, tmp_path: Path) -> None:
+    eager.serve(10)
+    with full_disk(tmp_path / "out") as filling:
+        eager.child.send(Train(None, "learned@1"))
+        failed = eager.next_answer()
+        assert isinstance(failed, TrainingFailed)
+        assert "learned@1 cannot be written" in failed.sentence
+        assert "No space left on device" in failed.sentence
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [filling.name], "and nothing of it is left"
+        filling.unlink()
+        eager.child.send(Train(None, "learned@1"))
+        assert isinstance(eager.next_answer(), CandidateTrained)
 
 
 def test_garbage_and_gaps_cost_only_what_they_hit(running: Running) -> None:
