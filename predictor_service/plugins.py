@@ -14,17 +14,27 @@ def installed_predictors() -> dict[str, EntryPoint]:
     return dict(sorted(found.items()))
 
 
-def make_predictor(name: str, source: PredictorSource) -> Predictor:
-    """Loads the plug-in and makes its predictor.
+def plugin_named(name: str) -> EntryPoint:
+    """Not loaded yet.
 
     Raises:
-        SettingUnfit: there is no such plug-in (the installed ones are listed), or it cannot be imported.
-        PromoeError: what the plug-in refuses the source with.
+        SettingUnfit: there is no such plug-in; the installed ones are listed.
     """
     installed = installed_predictors()
     point = installed.get(name)
     if point is None:
         raise SettingUnfit(f"predictor.predictor is {name!r}; installed: auto, {', '.join(installed)}")
+    return point
+
+
+def make_predictor(name: str, source: PredictorSource) -> Predictor:
+    """Loads the plug-in and makes its predictor.
+
+    Raises:
+        SettingUnfit: there is no such plug-in, or it cannot be imported.
+        PromoeError: what the plug-in refuses the source with.
+    """
+    point = plugin_named(name)
     try:
         factory = point.load()
     except (ImportError, AttributeError) as error:

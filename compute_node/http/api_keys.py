@@ -3,11 +3,14 @@
 import hashlib
 import hmac
 import logging
+import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from compute_node.config import ComputeConfig
+from compute_node.http.loopback import is_loopback
 from promoe.config import SettingUnfit
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,23 @@ class ApiKeys:
         given = _digest(key.strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return scheme.lower() == "bearer" and any(matches)
+
+
+def keys_for(config: ComputeConfig) -> ApiKeys:
+    """The keys of a node with an HTTP API.
+
+    Raises:
+        SettingUnfit: the keys cannot be read, or others could use the API without one.
+    """
+    keys = read_api_keys(config.http_api_keys_file, os.environ.get(API_KEYS_VARIABLE))
+    host = config.http_listen.rpartition(":")[0]
+    if not keys.are_needed and not is_loopback(host) and not config.http_anonymous:
+        raise SettingUnfit(
+            f"compute.http_listen is {config.http_listen!r}, which others can reach: give keys with "
+            f"compute.http_api_keys_file or ${API_KEYS_VARIABLE}, or say that nobody needs one with "
+            "compute.http_anonymous=true"
+        )
+    return keys
 
 
 def read_api_keys(file: Path | None, variable: str | None) -> ApiKeys:

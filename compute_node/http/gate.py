@@ -1,21 +1,18 @@
 """From the configuration to the HTTP API: what keeps it from being open is found before anything takes long."""
 
 import logging
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import APIRouter
 
 from compute_node.config import ComputeConfig
-from compute_node.http.api_keys import API_KEYS_VARIABLE, read_api_keys
+from compute_node.http.api_keys import keys_for
 from compute_node.http.app import AppSettings, build_app
 from compute_node.http.edge import EdgeRules
 from compute_node.http.health_routes import OPEN_PATHS
 from compute_node.http.http_server import HttpListener
-from compute_node.http.loopback import is_loopback
 from compute_node.http.node_parts import NodeParts
-from promoe.config import SettingUnfit
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +29,7 @@ class HttpGate:
     """
 
     def __init__(self, config: ComputeConfig) -> None:
-        keys = read_api_keys(config.http_api_keys_file, os.environ.get(API_KEYS_VARIABLE))
-        host = config.http_listen.rpartition(":")[0]
-        if not keys.are_needed and not is_loopback(host) and not config.http_anonymous:
-            raise SettingUnfit(
-                f"compute.http_listen is {config.http_listen!r}, which others can reach: give keys with "
-                f"compute.http_api_keys_file or ${API_KEYS_VARIABLE}, or say that nobody needs one with "
-                "compute.http_anonymous=true"
-            )
+        keys = keys_for(config)
         origins = tuple(origin.strip() for origin in config.http_cors_origins.split(",") if origin.strip())
         # A key, or the wish that nobody needs one, lets other hosts' names in.
         is_private = not keys.are_needed and not config.http_anonymous

@@ -1,5 +1,6 @@
 """What the HTTP API refuses: with OpenAI's error shape, naming the field, and never by leaving something out."""
 
+import json
 from pathlib import Path
 
 import httpx2
@@ -8,7 +9,7 @@ import pytest
 
 from compute_node.admission import AdmissionLimits
 from tests.compute_node.tiny_serving import load_tokenizer
-from tests.http_node import MODEL, HeldEngine, HttpNode, http_node
+from tests.http_node import MODEL, TIMEOUT_S, HeldEngine, HttpNode, http_node
 
 TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
@@ -18,15 +19,6 @@ BAD_CHATS: dict[str, tuple[dict[str, object], str, str | None]] = {
     "unknown field": ({"foo": 1}, "foo is not supported.", "foo"),
     "unknown field that is no name": ({"my-field": 1}, "my-field is not supported.", "my-field"),
     "unknown field with a capital": ({"Temperature": 1}, "Temperature is not supported.", "Temperature"),
-    "half a character": ({"model": "\ud800"}, 'The model "\\ud800" does not exist here', "model"),
-    "half a character in a role": (
-        {"messages": [{"role": "\ud800"}]}, 'messages[0].role is "\\ud800"; expected', "messages[0].role",
-    ),
-    "half a character in a schema": (
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["\ud800"]}}}},
-        "response_format cannot be enforced: ",
-        "response_format",
-    ),
     "empty message": (
         {"messages": [{"role": "user"}]}, "prompt is empty; allowed: a text, a chat with text", "messages",
     ),
@@ -127,6 +119,31 @@ def test_a_chat_that_cannot_be_answered_is_refused_by_name(live: HttpNode, name:
     assert error["message"].startswith(sentence)
     assert error.get("param") == param
     assert error["type"] == "invalid_request_error"
+
+
+HALF_A_CHARACTER = "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence", "param"),
+    [
+        ({"model": HALF_A_CHARACTER}, 'The model "\\ud800" does not exist here', "model"),
+        ({"messages": [{"role": HALF_A_CHARACTER}]}, 'messages[0].role is "\\ud800"; expected', "messages[0].role"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["\ud800"]}}}},
+            "response_format cannot be enforced: ",
+            "response_format",
+        ),
+    ],
+)
+def test_half_a_character_is_refused_where_it_is(
+    live: HttpNode, fields: dict[str, object], sentence: str, param: str
+) -> None:
+    content, headers = json.dumps(CHAT | fields), {"content-type": "application/json"}
+    response = httpx2.post(f"{live.url}/v1/chat/completions", content=content, headers=headers, timeout=TIMEOUT_S)
+    error = error_of(response, 404 if param == "model" else 400)
+    assert error["message"].startswith(sentence)
+    assert error["param"] == param
 
 
 @pytest.mark.parametrize("name", BAD_TEXTS)

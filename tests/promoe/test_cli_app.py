@@ -1,7 +1,6 @@
 """The commands against scripted nodes over real sockets: what is written where, and exit codes."""
 
 import errno
-import io
 import json
 import os
 import re
@@ -11,28 +10,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from promoe.cli.app import main
 from promoe.cli.console import print_error
 from promoe.cli.run_dir import RunDir, StackState
 from promoe.errors import InvalidInput
+from tests.promoe.command_line import CommandLine, Ran
 from tests.promoe.on_terminal import on_terminal
 from tests.promoe.scripted_inference import HELLO, Act, ScriptedInference, accepted, delta, serve_in_thread
 
 DEADLINE_S = 30.0
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
 
 
 Run = Callable[..., Ran]
@@ -46,26 +35,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the console script's function in this process; nothing is found of a stack that may run here."""
-    monkeypatch.setenv("PROMOE_RUN_DIR", str(folder / "run"))
-    monkeypatch.setenv("PROMOE_HOME", str(folder / "home"))
-    monkeypatch.delenv("PROMOE_ENDPOINT", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run_command(*arguments: str, stdin: str = "") -> Ran:
-        monkeypatch.setattr(sys, "argv", ["promoe", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code: object = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        written = capsys.readouterr()
-        assert isinstance(code, int | None)
-        assert "Traceback" not in written.err
-        return Ran(code or 0, written.out, written.err)
-
-    return run_command
+    return CommandLine(folder, monkeypatch, capsys).run
 
 
 @pytest.fixture

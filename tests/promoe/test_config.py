@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promoe.config import SECTIONS, LogConfig, Settings
+from promoe.config import SECTIONS, LogConfig, Settings, check_settings
 
 
 class Color(Enum):
@@ -153,3 +153,17 @@ def test_log_levels_are_checked_when_the_section_is_built() -> None:
     with pytest.raises(ValueError, match=r"log\.level is 'loud'; allowed: debug, info, warning, error"):
         Settings(None, ["log.level=loud"]).section("log", LogConfig)
     assert "log" in SECTIONS
+
+
+def test_a_services_settings_are_checked_without_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def status(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["settings", *arguments])
+        return check_settings("log", lambda settings: settings.section("log", LogConfig))
+
+    assert (status("--set", "log.level=debug"), capsys.readouterr().err) == (0, "")
+    assert status("--set", "log.level=loud") == 2
+    assert capsys.readouterr().err == "log.level is 'loud'; allowed: debug, info, warning, error\n"
+    assert status("--config", "/no/such.toml") == 2
+    assert "There is no configuration file /no/such.toml." in capsys.readouterr().err

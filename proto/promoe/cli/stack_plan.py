@@ -44,6 +44,11 @@ class StackPlan:
     http_url: str = ""
     http_sentence: str = ""
 
+    @property
+    def commands(self) -> tuple[ServiceCommand, ...]:
+        """All that are run."""
+        return (self.store, self.node, *((self.predictor,) if self.predictor else ()))
+
 
 def plan_stack(pack: PackPlan, run_dir: RunDir, config: Path | None, assignments: Sequence[str]) -> StackPlan:
     """Puts the command lines together; what the person asked for comes first, what the stack needs overrides it.
@@ -72,7 +77,7 @@ def plan_stack(pack: PackPlan, run_dir: RunDir, config: Path | None, assignments
     def command(name: str, module: str, section: str, stop_deadline_s: float) -> ServiceCommand:
         log = run_dir.log("node" if section == "compute" else section)
         stop_deadline_s = _stop_deadline_s(settings, section, stop_deadline_s)
-        return ServiceCommand(name, module, arguments, log, stop_deadline_s)
+        return ServiceCommand(name, module, arguments, log, stop_deadline_s, f"{module}.settings")
 
     return StackPlan(
         pack=pack,

@@ -1,0 +1,23 @@
+"""`python -m compute_node.settings`: whether a node's settings can be, in a moment and without a model."""
+
+import sys
+
+from compute_node.config import ComputeConfig
+from compute_node.http.api_keys import keys_for
+from promoe.config import LogConfig, Settings, check_settings
+
+
+def check(settings: Settings) -> None:
+    """What neither the model nor the device has a say in.
+
+    Raises:
+        ValueError: the sentence.
+    """
+    settings.section("log", LogConfig)
+    config = settings.section("compute", ComputeConfig)
+    if config.http_listen:
+        keys_for(config)
+
+
+if __name__ == "__main__":
+    sys.exit(check_settings("compute", check))

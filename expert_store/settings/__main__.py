@@ -1,0 +1,20 @@
+"""`python -m expert_store.settings`: whether a store's settings can be, in a moment and without a pack."""
+
+import sys
+
+from expert_store.config import StoreConfig
+from promoe.config import LogConfig, Settings, check_settings
+
+
+def check(settings: Settings) -> None:
+    """What the pack has no say in.
+
+    Raises:
+        ValueError: the sentence.
+    """
+    settings.section("log", LogConfig)
+    settings.section("store", StoreConfig)
+
+
+if __name__ == "__main__":
+    sys.exit(check_settings("store", check))

@@ -1,0 +1,25 @@
+"""`python -m predictor_service.settings`: whether a predictor's settings can be, in a moment and without a pack."""
+
+import sys
+
+from predictor_service.config import AUTO, PredictorConfig
+from predictor_service.learner.config import LearnerConfig
+from predictor_service.plugins import plugin_named
+from promoe.config import LogConfig, Settings, check_settings
+
+
+def check(settings: Settings) -> None:
+    """What the pack has no say in.
+
+    Raises:
+        ValueError: the sentence.
+    """
+    settings.section("log", LogConfig)
+    settings.section("learner", LearnerConfig)
+    config = settings.section("predictor", PredictorConfig)
+    if config.predictor != AUTO:
+        plugin_named(config.predictor)
+
+
+if __name__ == "__main__":
+    sys.exit(check_settings("predictor", check))
