@@ -23,9 +23,12 @@ from tests.promoe.specs import manifest_of
 from tests.running_predictor import PredictStream, RunningPredictor
 from tests.running_store import wait_until
 
+# Of fewer documents it would learn nothing worth a promotion at first. In the scheduler's idle class, on a busy machine,
+# training would take minutes.
 EAGER = (
     "learner.enabled=true",
-    "learner.min_documents=24",
+    "learner.niceness=0",
+    "learner.min_documents=120",
     "learner.documents_between_trainings=24",
     "learner.max_steps=400",
     "learner.cpu_share=1.0",
