@@ -1,6 +1,7 @@
 """Fixtures that several packages' tests share: short folders for sockets, and the demo model, built once."""
 
 import fcntl
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +43,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[logging.Logger]:
+    """The root logger, put back afterwards: commands that run in this process log to a stream that ends with a test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield root
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture

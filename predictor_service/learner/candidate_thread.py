@@ -1,14 +1,13 @@
 """Trains one candidate in a thread of its own, slowly enough to leave the processor to those who serve."""
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from predictor_service.learner.config import NICEST, LearnerConfig
+from predictor_service.learner.config import LearnerConfig
 from predictor_service.learner.control import CandidateTrained, Train, TrainingFailed
 from predictor_service.learner.document import Document
 from predictor_service.learner.reservoir import DocumentBlocks
@@ -27,20 +26,32 @@ BLOCK_NBYTES: Final = 64 << 20
 """Of hidden states that are spread out for training at once, beside the reservoir."""
 
 
+_IDLE_AFTER_S: Final = 1.0
+_LOOK_S: Final = 0.1
+"""How long a rest goes on, at most, until it is seen that there is more time now."""
+
+
 class CandidateProgress:
-    """Counts, waits while paused, and sleeps so that no more than a share of a core is used.
+    """Counts, waits while paused, and rests so that no more than a share of a core is used.
 
     Args:
-        cpu_share: of one core.
+        cpu_share: of one core, while no layer is shown.
+        serving_cpu_share: while there are any.
     """
 
-    def __init__(self, cpu_share: float) -> None:
+    def __init__(self, cpu_share: float, serving_cpu_share: float) -> None:
         self._cpu_share = cpu_share
+        self._serving_cpu_share = serving_cpu_share
+        self._shown_s = time.perf_counter()
         self._going_on = threading.Event()
         self._going_on.set()
         self._used_s = 0.0
         self.num_tokens = 0
         self.epochs = 0
+
+    def shown(self) -> None:
+        """Something is served; from another thread."""
+        self._shown_s = time.perf_counter()
 
     def pause(self, is_paused: bool) -> None:
         """From another thread."""
@@ -53,15 +64,23 @@ class CandidateProgress:
         """See FitProgress."""
         self.num_tokens += num_tokens
         used_s = time.thread_time()
-        rest_s = (used_s - self._used_s) * (1 / self._cpu_share - 1)
+        self._rest(used_s - self._used_s)
         self._used_s = used_s
-        if rest_s > 0:
-            time.sleep(rest_s)
         self._going_on.wait()
 
     def finish_epoch(self, epoch: int, measured: "Measured") -> None:
         """See FitProgress."""
         self.epochs += 1
+
+    def _rest(self, used_s: float) -> None:
+        begin_s = time.perf_counter()
+        while True:
+            is_serving = time.perf_counter() - self._shown_s < _IDLE_AFTER_S
+            share = self._serving_cpu_share if is_serving else self._cpu_share
+            left_s = used_s * (1 / share - 1) - (time.perf_counter() - begin_s)
+            if left_s <= 0:
+                return
+            time.sleep(min(left_s, _LOOK_S))
 
 
 class CandidateThread:
@@ -87,7 +106,7 @@ class CandidateThread:
         self._pack = pack
         self._out = out
         self._told = told
-        self.progress = CandidateProgress(config.cpu_share)
+        self.progress = CandidateProgress(config.cpu_share, config.serving_cpu_share)
         self._thread: threading.Thread | None = None
         self._is_over = False
 
@@ -103,8 +122,6 @@ class CandidateThread:
         self._thread.start()
 
     def _run(self, order: Train, documents: list[Document]) -> None:
-        if self._config.niceness == NICEST:
-            _step_back()
         result: CandidateTrained | TrainingFailed
         try:
             result = self._train(order, documents)
@@ -151,11 +168,3 @@ class CandidateThread:
 
         path, metrics = train_candidate(candidate, self._spec, self._pack, blocks_of, self._out, self.progress)
         return CandidateTrained(str(path), metrics)
-
-
-def _step_back() -> None:
-    """This thread alone. Who is woken beside a thread that is only niced waits for the end of its time slice."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    except OSError as error:
-        logger.info("The scheduler's idle class cannot be had (%s): training is niced down only.", error.strerror)

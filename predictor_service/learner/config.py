@@ -30,8 +30,10 @@ class LearnerConfig:
         max_steps, max_train_s: of the optimiser and of processor time, of one training.
         learning_rate: of one that begins from the active version.
         cpu_share: of one core, while training.
-        niceness: of the learner's process; with 19 what trains is in the scheduler's idle class, too: it has what
-            nobody else wants, and gives the processor back at once.
+        serving_cpu_share: the same while nodes show layers. Where no core is idle, a training chills the caches that
+            predicting works with: hints come later by its share of the time (`make bench-learner`).
+        niceness: of the learner's process; with 19 it is in the scheduler's idle class, too: it has what nobody else
+            wants, and gives the processor back at once.
         alpha: how often at most a candidate is promoted whose gain is not above `min_gain`.
         give_up_alpha: how often at most one is given up that is better by more than `min_gain`.
         min_gain: in recall, from where on a candidate is worth a promotion.
@@ -57,6 +59,7 @@ class LearnerConfig:
     max_train_s: float = 600.0
     learning_rate: float = 2e-3
     cpu_share: float = 0.5
+    serving_cpu_share: float = 0.1
     niceness: int = 19
     alpha: float = 0.01
     give_up_alpha: float = 0.1
@@ -78,12 +81,11 @@ class LearnerConfig:
         for name in ("held_out_share", "alpha", "give_up_alpha"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"learner.{name} is {getattr(self, name)}; allowed: between 0 and 1")
-        if not 0 < self.cpu_share <= 1:
-            raise ValueError(f"learner.cpu_share is {self.cpu_share}; allowed: above 0, up to 1")
+        for name in ("cpu_share", "serving_cpu_share", "largest_difference"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"learner.{name} is {getattr(self, name)}; allowed: above 0, up to 1")
         if not 0 <= self.niceness <= NICEST:
             raise ValueError(f"learner.niceness is {self.niceness}; allowed: 0 to {NICEST}")
-        if not 0 < self.largest_difference <= 1:
-            raise ValueError(f"learner.largest_difference is {self.largest_difference}; allowed: above 0, up to 1")
         for name in ("min_gain", "tolerated_loss"):
             if not 0 <= getattr(self, name) < self.largest_difference:
                 raise ValueError(

@@ -38,6 +38,10 @@ logger = logging.getLogger(__name__)
 _MOST_PACKETS_A_TURN: Final = 256
 """That are read before commands are looked at again."""
 
+_FEW_PACKETS: Final = 64
+_GATHER_S: Final = 0.02
+"""Where few waited, more are let come: each awakening takes the processor from somebody."""
+
 _SWEEP_EVERY_S: Final = 60.0
 """Documents on the disk get too old also while none come."""
 
@@ -124,19 +128,29 @@ class LearnerProcess:
 
     def _read_feed(self) -> bool:
         """What waits there; False when nothing will come any more."""
-        for _ in range(_MOST_PACKETS_A_TURN):
-            try:
-                packet = self._feed.receive(0)
-                if packet is None:
-                    break
-                if not self._is_paused:
-                    feed_client.tell(packet, self._gatherer)
-            except InvalidInput:
-                self._num_bad_packets += 1
-            except Unavailable:
-                return False
+        num_packets = 0
+        try:
+            while num_packets < _MOST_PACKETS_A_TURN and self._read_packet():
+                num_packets += 1
+        except Unavailable:
+            return False
         self._keep_bounds()
+        if self._candidate is not None:
+            self._candidate.progress.shown()
+        if num_packets < _FEW_PACKETS:
+            time.sleep(_GATHER_S)
         return True
+
+    def _read_packet(self) -> bool:
+        """False when none waits; raises Unavailable when none will come."""
+        try:
+            packet = self._feed.receive(0)
+            if packet is not None and not self._is_paused:
+                feed_client.tell(packet, self._gatherer)
+        except InvalidInput:
+            self._num_bad_packets += 1
+            return True
+        return packet is not None
 
     def _keep_bounds(self) -> None:
         """Requests that still run count, too; they go last."""

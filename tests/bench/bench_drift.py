@@ -95,7 +95,9 @@ class ServedModel:
         def blocks_of(observed: ObservedKind) -> DocumentBlocks:
             return DocumentBlocks.of(gathered, observed, 0.2, 256 << 20)
 
-        path, metrics = train_candidate(order, self.spec, self.pack, blocks_of, self.folder, CandidateProgress(1.0))
+        path, metrics = train_candidate(
+            order, self.spec, self.pack, blocks_of, self.folder, CandidateProgress(1.0, 1.0)
+        )
         print(
             f"{name}@1 from {len(gathered)} documents: loss {metrics['held_out_loss']:.4f}, "
             f"{time.perf_counter() - began_s:.0f} s"
@@ -241,7 +243,9 @@ def main() -> None:
     out_argument(parser)
     options = parser.parse_args()
     began_s = time.perf_counter()
-    settings = [*options.set, "learner.cpu_share=1.0", "learner.niceness=0"]  # nothing is served meanwhile
+    # Nothing is served meanwhile that could be held up.
+    shares = ["learner.cpu_share=1.0", "learner.serving_cpu_share=1.0"]
+    settings = [*options.set, *shares, "learner.niceness=0"]
     with tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder:
         model = ServedModel(Path(folder), options)
         config = Settings(None, settings).section("learner", LearnerConfig)

@@ -167,7 +167,7 @@ def main() -> None:
     """Prints the stretches and the ratio, and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--documents", type=int, default=256, help="to train on")
+    parser.add_argument("--documents", type=int, default=160, help="to train on")
     parser.add_argument("--tokens", type=int, default=64, help="of a document")
     parser.add_argument("--texts", type=int, default=4, help="of a stretch")
     parser.add_argument("--layer-ms", type=float, default=1.0, help="of the model that is served")

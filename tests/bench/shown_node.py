@@ -7,6 +7,7 @@ busy all the time, and a hint is found when it comes.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -41,7 +42,7 @@ class ShownNode:
         """All steps, each layer taking as long; returns the latencies of decoded steps' hints, in seconds."""
         latencies: list[float] = []
         for step in steps:
-            self._observer.begin_step(step.start)
+            self._observer.begin_step(replace(step.start, ended_request_ids=step.ended_request_ids))
             due_s = time.perf_counter()
             for event in step.layers:
                 assert event.router_input_RD is not None, "recorded with what routers read"

@@ -1,7 +1,5 @@
 """The command: a bug is not taken for a wrong setting, and a wrong setting is one sentence."""
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,14 +8,6 @@ from expert_store import __main__ as command
 from expert_store.config import StoreConfig
 from promoe.config import SettingUnfit
 from promoe.errors import EXIT_PACK_DAMAGED, PackDamaged, Unavailable
-
-
-@pytest.fixture(autouse=True)
-def root_logger() -> Iterator[None]:
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = before
 
 
 def run_with(failure: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> int:

@@ -23,7 +23,7 @@ from tests.promoe.specs import manifest_of
 from tests.running_predictor import PredictStream, RunningPredictor
 from tests.running_store import wait_until
 
-# Of fewer documents it would learn nothing worth a promotion at first. In the scheduler's idle class, on a busy machine,
+# Of fewer documents it would learn nothing worth a promotion at first. In the idle class, on a busy machine,
 # training would take minutes.
 EAGER = (
     "learner.enabled=true",
@@ -31,7 +31,7 @@ EAGER = (
     "learner.min_documents=120",
     "learner.documents_between_trainings=24",
     "learner.max_steps=400",
-    "learner.cpu_share=1.0",
+    "learner.serving_cpu_share=1.0",
     "learner.max_document_steps=9",
     "learner.watch_documents=30",
 )

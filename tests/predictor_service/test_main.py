@@ -1,7 +1,5 @@
 """The command: a bug is not taken for a wrong setting, and a wrong setting is one sentence."""
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,14 +9,6 @@ from predictor_service.config import PredictorConfig
 from predictor_service.learner.config import LearnerConfig
 from promoe.config import SettingUnfit
 from promoe.errors import EXIT_PACK_DAMAGED, PackDamaged, Unavailable
-
-
-@pytest.fixture(autouse=True)
-def root_logger() -> Iterator[None]:
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = before
 
 
 def run_with(failure: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> int:

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import re
-from collections.abc import Iterator
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -14,16 +13,6 @@ from promoe.telemetry import LATENCY_BUCKETS_S, configure_logging
 METRIC_NAMES = {
     constant: value for constant, value in vars(telemetry).items() if constant.isupper() and isinstance(value, str)
 }
-
-
-@pytest.fixture
-def root_logger() -> Iterator[logging.Logger]:
-    """The root logger, put back afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield root
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def test_metric_names_say_what_their_constants_say() -> None:

@@ -2,7 +2,6 @@
 mistake it is: 2 for a setting, 3 for a damaged pack, 1 for the world around it.
 """
 
-import logging
 import os
 import re
 import shutil
@@ -54,12 +53,10 @@ def start(tiny_pack: Path, store: RunningStore, capfd: pytest.CaptureFixture[str
         assert "Traceback" not in text, text
         return status, text.strip().splitlines()[-1]
 
-    root = logging.getLogger()
-    before = root.handlers[:], root.level, signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     yield run
-    root.handlers[:], root.level = before[:2]
-    signal.signal(signal.SIGTERM, before[2])
-    signal.signal(signal.SIGINT, before[3])
+    signal.signal(signal.SIGTERM, before[0])
+    signal.signal(signal.SIGINT, before[1])
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def test_it_is_read_from_the_command_line(tmp_path: Path) -> None:
         ("alpha=1.0", "between 0 and 1"),
         ("held_out_share=0.0", "between 0 and 1"),
         ("cpu_share=1.5", "up to 1"),
+        ("serving_cpu_share=0.0", "above 0"),
         ("niceness=20", "0 to 19"),
         ("largest_difference=0.0", "up to 1"),
         ("min_gain=0.3", "below learner.largest_difference"),
