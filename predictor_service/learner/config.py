@@ -59,7 +59,7 @@ class LearnerConfig:
     max_train_s: float = 600.0
     learning_rate: float = 2e-3
     cpu_share: float = 0.5
-    serving_cpu_share: float = 0.1
+    serving_cpu_share: float = 0.05
     niceness: int = 19
     alpha: float = 0.01
     give_up_alpha: float = 0.1

@@ -166,7 +166,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     """Prints the stretches and the ratio, and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--documents", type=int, default=160, help="to train on")
     parser.add_argument("--tokens", type=int, default=64, help="of a document")
     parser.add_argument("--texts", type=int, default=4, help="of a stretch")
