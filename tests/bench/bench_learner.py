@@ -8,8 +8,8 @@ recorded steps over packets, as fast as the layers of a model would be. A round 
     training    the same, in the middle of a training that was asked for
 
 A hint's latency is from its observation's handing over to its being found, by the engine thread that looks all the
-time. Goal: with the learner training the 99th percentile is at most 1.2 times that without, as the median of the
-rounds' ratios.
+time. Goal: with the learner training the 99th percentile, over the hints of all rounds, is at most 1.2 times that
+without. Of a single round it is a matter of some 70 hints, and of who else was awake on the machine.
 """
 
 import argparse
@@ -128,17 +128,17 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     texts = TextRouting(demo_checkpoint(), demo_pack(), PackManifest.read(demo_pack()).spec, options.tokens)
     documents = list(texts.documents(prose(), "prose", options.documents))
     del texts
+    all_s: dict[str, list[float]] = {kind: [] for kind in KINDS}
     p99_s: dict[str, list[float]] = {kind: [] for kind in KINDS}
     median_s: dict[str, list[float]] = {kind: [] for kind in KINDS}
     shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    num_hints = 0
     with tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp") as folder, ExitStack() as stack:
         services = Services(stack, Path(folder), documents, options.set)
         services.begin_training()
         for number in range(options.rounds):
             for kind in (*KINDS[number % 3 :], *KINDS[: number % 3]):
                 latencies, share = services.stretch(kind, options.texts, options.layer_ms / 1e3)
-                num_hints += len(latencies)
+                all_s[kind] += latencies
                 p99_s[kind].append(float(np.percentile(latencies, 99)))
                 median_s[kind].append(float(np.median(latencies)))
                 shares[kind].append(share)
@@ -147,14 +147,19 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
                     f"{median_s[kind][-1] * 1e3:.3f} ms, learner {share:.0%} of a core, {len(latencies)} hints",
                     flush=True,
                 )
-    ratios = {kind: median_ratio(p99_s[kind], p99_s[WITHOUT]) for kind in (PAUSED, TRAINING)}
+    overall_s = {kind: float(np.percentile(latencies, 99)) for kind, latencies in all_s.items()}
+    ratios = {kind: overall_s[kind] / overall_s[WITHOUT] for kind in (PAUSED, TRAINING)}
     return {
         "settings": {name: value for name, value in vars(options).items() if name != "out"},
-        "num_hints": num_hints,
+        "num_hints": {kind: len(latencies) for kind, latencies in all_s.items()},
+        "p99_of_all_s": overall_s,
         "p99_s": {kind: Sample(tuple(values)).as_dict() for kind, values in p99_s.items()},
         "median_s": {kind: Sample(tuple(values)).as_dict() for kind, values in median_s.items()},
         "learner_share_of_a_core": {kind: Sample(tuple(values)).as_dict() for kind, values in shares.items()},
-        "p99_ratio_to_without": ratios,
+        "p99_of_all_ratio_to_without": ratios,
+        "median_of_rounds_p99_ratio_to_without": {
+            kind: median_ratio(p99_s[kind], p99_s[WITHOUT]) for kind in (PAUSED, TRAINING)
+        },
         "median_ratio_to_without": {
             kind: median_ratio(median_s[kind], median_s[WITHOUT]) for kind in (PAUSED, TRAINING)
         },
@@ -175,7 +180,7 @@ def main() -> None:
     out_argument(parser)
     options = parser.parse_args()
     measured = measure(options)
-    ratios = measured["p99_ratio_to_without"]
+    ratios = measured["p99_of_all_ratio_to_without"]
     assert isinstance(ratios, dict), "by kind"
     print(
         f"Hint latency p99 with the learner training: {ratios[TRAINING]:.3f} times that without one (goal {GOAL}); "
