@@ -5,8 +5,8 @@ are what it is compared with. Tokens must be those of the quiet rounds, no strea
 token (TPOT) at the 99th percentile should be at most 1.05 times the quiet rounds'. `make demo-upgrade` runs this once
 through and draws GoodPred over time, with the changes marked.
 
-What is tried and activated is `gate_ahead`, which predicts worse and is shown every layer: the picture tells them apart,
-and rounds with it are slower for that. `--candidate retrained`, a published version with the weights of the one before,
+What is tried and activated is `gate_ahead`, which predicts worse and is shown every layer: the picture tells them
+apart, and rounds with it are slower for that. `--candidate retrained`, a published version with the weights of the one before,
 leaves what changing itself costs.
 """
 
@@ -228,9 +228,7 @@ def main() -> None:
         f"{tpots['changed'] * 1e3:.0f} ms against {tpots['quiet'] * 1e3:.0f} ms quiet ({ratio:.3f}, goal "
         f"{GOAL}); after the kill the node is {'back' if connected else 'NOT back'} at the first service"
     )
-    picture = Path("upgrade.png") if options.demo else RESULTS / "upgrade.png"
     points = watch.good_pred()
-    plot(points, marks, picture)
     if not options.demo:
         document = {
             "cache_rate": options.cache_rate, "num_tokens": options.tokens, "candidate": options.candidate, **measured,
@@ -238,6 +236,8 @@ def main() -> None:
             "back_at_the_first_service": connected,
         }  # fmt: skip
         print(f"Written: {write_report('upgrade', document, options.out)}")
+    picture = Path("upgrade.png") if options.demo else RESULTS / "upgrade.png"
+    plot(points, marks, picture)
     print(f"Drawn: {picture}")
 
 
