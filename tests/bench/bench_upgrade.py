@@ -5,9 +5,9 @@ are what it is compared with. Tokens must be those of the quiet rounds, no strea
 token (TPOT) at the 99th percentile should be at most 1.05 times the quiet rounds'. `make demo-upgrade` runs this once
 through and draws GoodPred over time, with the changes marked.
 
-What is tried and activated is `gate_ahead`, which predicts worse and is shown every layer: the picture tells them
-apart, and rounds with it are slower for that. `--candidate retrained`, a published version with the weights of the one before,
-leaves what changing itself costs.
+What is tried and activated is `retrained`, a published version with the weights of the one before: what is measured
+then is what changing costs. `--candidate gate_ahead` (the demo's) predicts worse and is shown every layer: the picture
+tells them apart, and rounds with it are slower for that.
 """
 
 import argparse
@@ -47,6 +47,7 @@ GOAL: Final = 1.05
 NUM_STREAMS: Final = 8
 WHO: Final = "make demo-upgrade"
 RETRAINED: Final = "retrained"
+GATE_AHEAD: Final = "gate_ahead"
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,11 @@ class Stage:
         pack_dir = CACHE / "pack_float32"
         # Sums of float32 hold still while the others of a batch come and go.
         pack_checkpoint(demo_checkpoint(), pack_dir, dtype=Dtype.FLOAT32)
-        for name in ("blue", "green"):
-            (folder / name).mkdir()
-        registry = f"predictor.registry={folder / 'registry'}"
+        (folder / "blue").mkdir()
+        self._stack, self._folder, self._pack_dir = stack, folder, pack_dir
+        self._registry = registry = f"predictor.registry={folder / 'registry'}"
         self._candidate = _republished(folder) if candidate == RETRAINED else candidate
         self.blue = stack.enter_context(RunningPredictor(pack_dir, folder / "blue", registry))
-        self.green = stack.enter_context(RunningPredictor(pack_dir, folder / "green", registry))
         store = stack.enter_context(RunningStore(pack_dir, folder))
         settings = (
             f"compute.predictor_endpoint={self.blue.endpoint}",
@@ -96,16 +96,20 @@ class Stage:
         self.client = stack.enter_context(Client(self.node.endpoint()))
         wait_until(lambda: self.client.info().predictor.state is PredictorState.CONNECTED, 60)
 
-    def changes(self) -> list[Change]:
-        """In the order of a careful operator; the last one is bad luck."""
+    def changes(self, cycle: int) -> list[Change]:
+        """In the order of a careful operator; the last one is bad luck, of a second service that is started now."""
         admin, node, name = self.admin, NodeAdmin(self.node.endpoint()), self._candidate
+        folder = self._folder / f"green{cycle}"
+        folder.mkdir()
+        green = self._stack.enter_context(RunningPredictor(self._pack_dir, folder, self._registry))
+        green.wait_until_serving()
         return [
             Change(f"shadow {name}", lambda: admin.set_shadow(name, WHO, "to compare")),
             Change(f"canary {name} 30 %", lambda: admin.activate(name, WHO, "to try", canary_share=0.3)),
             Change(f"activate {name}", lambda: admin.activate(name, WHO, "to see it alone")),
             Change("rollback", lambda: admin.rollback(WHO, "to go back")),
-            Change("connect green", lambda: node.connect_predictor(self.green.endpoint, WHO, "another process")),
-            Change("kill green", self.green.kill),
+            Change("connect green", lambda: node.connect_predictor(green.endpoint, WHO, "another process")),
+            Change("kill green", green.kill),
         ]
 
 
@@ -119,7 +123,7 @@ def _republished(folder: Path) -> str:
 
 
 def run(
-    stage: Stage, rounds: int, num_tokens: int, began_s: float
+    stage: Stage, cycles: int, num_tokens: int, began_s: float
 ) -> tuple[list[RoundFigures], list[RoundFigures], list[Marked]]:
     """Quiet rounds and rounds with a change, in turns; the streams keep their prompts."""
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(NUM_STREAMS)]
@@ -129,9 +133,12 @@ def run(
     with ExitStack() as stack:
         clients = [stack.enter_context(Client(stage.node.endpoint())) for _ in range(NUM_STREAMS)]
         run_round(clients, prompts, num_tokens)  # experts, predictor and threads are warm then
-        for change in stage.changes()[:rounds]:
-            quiet.append(run_round(clients, prompts, num_tokens))
-            changed.append(_disturbed(lambda: run_round(clients, prompts, num_tokens), stage, change, marks, began_s))
+        for cycle in range(cycles):
+            for change in stage.changes(cycle):
+                quiet.append(run_round(clients, prompts, num_tokens))
+                changed.append(
+                    _disturbed(lambda: run_round(clients, prompts, num_tokens), stage, change, marks, began_s)
+                )
         quiet.append(run_round(clients, prompts, num_tokens))
     return quiet, changed, marks
 
@@ -204,17 +211,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache-rate", type=float, default=0.5)
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=6, help="with a change; as many quiet ones are between them")
-    parser.add_argument("--candidate", default="gate_ahead", help=f"a plug-in's name, or {RETRAINED}")
+    parser.add_argument(
+        "--cycles", type=int, default=3, help="of six rounds with a change and as many quiet ones (--demo: 1)"
+    )
+    parser.add_argument("--candidate", help=f"{RETRAINED} (default), or a plug-in's name (--demo: {GATE_AHEAD})")
     parser.add_argument("--demo", action="store_true", help="keep nothing but the picture, in this folder")
     out_argument(parser)
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="promoe", dir="/tmp")))
-        stage = Stage(stack, folder, options.cache_rate, options.candidate)
+        candidate = options.candidate or (GATE_AHEAD if options.demo else RETRAINED)
+        stage = Stage(stack, folder, options.cache_rate, candidate)
         began_s = time.perf_counter()
         watch: HintWatch = stack.enter_context(watching(stage.client, began_s))
-        quiet, changed, marks = run(stage, options.rounds, options.tokens, began_s)
+        quiet, changed, marks = run(stage, 1 if options.demo else options.cycles, options.tokens, began_s)
         history = [f"{entry.action.value} {entry.version or entry.after}" for entry in stage.admin.history()]
         connected = stage.client.info().predictor.endpoint == stage.blue.endpoint
     measured = summarize(quiet, changed)
@@ -231,7 +241,7 @@ def main() -> None:
     points = watch.good_pred()
     if not options.demo:
         document = {
-            "cache_rate": options.cache_rate, "num_tokens": options.tokens, "candidate": options.candidate, **measured,
+            "cache_rate": options.cache_rate, "num_tokens": options.tokens, "candidate": candidate, **measured,
             "history": history, "changes": [vars(mark) for mark in marks], "good_pred": points,
             "back_at_the_first_service": connected,
         }  # fmt: skip
