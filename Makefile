@@ -64,8 +64,8 @@ test: $(READY) ## Runs every test that this machine can run, but those of test-c
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $${TEST_PROCESSES:-2} --dist loadfile --ignore tests/ui
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/ui
 
-# On the engine that docker's client finds; PROMOE_INSTALL_ENGINE=1 installs and starts one (root, Debian 12; CI does so by
-# itself).
+# On the engine that docker's client finds; PROMOE_INSTALL_ENGINE=1 installs and starts one (root, Debian 12; .ci/run
+# asks for it).
 test-compose: $(READY) ## Builds the images and tries the stack in containers: minutes.
 	PROMOE_TEST_COMPOSE=1 $(BIN)/python -m pytest --log-cli-level info --durations 0 --durations-min 1 tests/compose tests/deploy
 

@@ -41,7 +41,7 @@ class PlanFlags:
         float | None, typer.Option(metavar="MS", min=0.001, help="TPOT with all experts resident, if you measured it.")
     ] = None
     context: Annotated[
-        int | None, typer.Option("--context", "--max-context", help="Longest prompt plus answer, in tokens.")
+        int | None, typer.Option("--context", "--max-context", min=1, help="Longest prompt plus answer, in tokens.")
     ] = None
     concurrency: Annotated[int | None, typer.Option(min=1, max=256, help="Requests that are decoded together.")] = None
     cache_rate: Annotated[float | None, typer.Option(help="Share of all experts on the device; default: all.")] = None
