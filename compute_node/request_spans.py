@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 ENDPOINT_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 """OpenTelemetry's own, which its exporter reads; so are all others that begin with OTEL_."""
 
+_MEND: Final = "OpenTelemetry's exporter is not installed: pip install 'promoe[otel]'."
+
 _BAD_OUTCOMES: Final = frozenset({Outcome.FAILED, Outcome.DEADLINE})
 
 
@@ -114,6 +116,16 @@ def _expert_use(use: ExpertUse | None) -> dict[str, int | float]:
     }
 
 
+def check_spans(endpoint: str) -> None:
+    """Raises SettingUnfit when the setting asks for spans, and what sends them is not installed."""
+    if not endpoint:
+        return
+    try:
+        import opentelemetry.exporter.otlp.proto.grpc.trace_exporter  # noqa: F401 - only whether it is there
+    except ImportError as error:
+        raise SettingUnfit(f"compute.otlp_endpoint is {endpoint!r}, but {_MEND}") from error
+
+
 @contextmanager
 def request_spans(endpoint: str, model: str) -> Iterator[AnswerListener | None]:
     """Who makes spans and sends them over OTLP (gRPC), while entered; None where nobody asked for them.
@@ -130,14 +142,12 @@ def request_spans(endpoint: str, model: str) -> Iterator[AnswerListener | None]:
     if not endpoint and variable is None:
         yield None
         return
+    check_spans(endpoint)
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError as error:
-        mend = "OpenTelemetry's exporter is not installed: pip install 'promoe[otel]'."
-        if endpoint:
-            raise SettingUnfit(f"compute.otlp_endpoint is {endpoint!r}, but {mend}") from error
-        logger.warning("%s is set, but no spans are made: %s", variable, mend)
+    except ImportError:
+        logger.warning("%s is set, but no spans are made: %s", variable, _MEND)
         yield None
         return
     spans = RequestSpans(BatchSpanProcessor(OTLPSpanExporter(endpoint or None)), model)

@@ -4,7 +4,9 @@ import sys
 
 from compute_node.config import ComputeConfig
 from compute_node.http.api_keys import keys_for
-from promoe.config import LogConfig, Settings, check_settings
+from compute_node.request_spans import check_spans
+from promoe.config import LogConfig, Settings
+from promoe.settings_check import check_settings
 
 
 def check(settings: Settings) -> None:
@@ -15,6 +17,8 @@ def check(settings: Settings) -> None:
     """
     settings.section("log", LogConfig)
     config = settings.section("compute", ComputeConfig)
+    config.schedule()
+    check_spans(config.otlp_endpoint)
     if config.http_listen:
         keys_for(config)
 

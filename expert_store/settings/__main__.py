@@ -3,7 +3,8 @@
 import sys
 
 from expert_store.config import StoreConfig
-from promoe.config import LogConfig, Settings, check_settings
+from promoe.config import LogConfig, Settings
+from promoe.settings_check import check_settings
 
 
 def check(settings: Settings) -> None:

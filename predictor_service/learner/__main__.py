@@ -1,7 +1,7 @@
 """`python -m predictor_service.learner` is started by the predictor service, with two sockets, and ends with it.
 
-The least important process of the host: niced down, in the scheduler's idle class, one thread that computes. Exit
-status 0 when the service is gone, 1 when it cannot run, 2 for a wrong configuration.
+The least important process of the host: niced down, one thread that computes. Exit status 0 when the service is gone,
+1 when it cannot run, 2 for a wrong configuration.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 from predictor_service.config import PredictorConfig
-from predictor_service.learner.config import NICEST, LearnerConfig
+from predictor_service.learner.config import LearnerConfig
 from predictor_service.learner.control import ControlLines
 from predictor_service.learner.process import LearnerProcess
 from promoe.config import LogConfig, Settings
@@ -24,8 +24,6 @@ from promoe.errors import PromoeError, exit_status
 from promoe.pack_manifest import PackManifest
 from promoe.packet_channel import PacketChannel
 from promoe.telemetry import configure_logging
-
-logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"predictor_service.learner: {error}\n")
         return 2
     os.nice(learner.niceness)
-    if learner.niceness == NICEST:
-        _step_back()
     try:
         spec = PackManifest.read(predictor.pack).spec
         LearnerProcess(learner, spec, predictor.pack, options.out, feed, control).run()
@@ -60,14 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"predictor_service.learner: {error}\n")
         return exit_status(error)
     return 0
-
-
-def _step_back() -> None:
-    """All threads to come. Who is woken beside a process that is only niced waits for the end of its time slice."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    except OSError as error:
-        logger.info("The scheduler's idle class cannot be had (%s): learning is niced down only.", error.strerror)
 
 
 if __name__ == "__main__":

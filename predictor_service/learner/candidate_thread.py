@@ -1,13 +1,14 @@
 """Trains one candidate in a thread of its own, slowly enough to leave the processor to those who serve."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from predictor_service.learner.config import LearnerConfig
+from predictor_service.learner.config import NICEST, LearnerConfig
 from predictor_service.learner.control import CandidateTrained, Train, TrainingFailed
 from predictor_service.learner.document import Document
 from predictor_service.learner.reservoir import DocumentBlocks
@@ -122,6 +123,8 @@ class CandidateThread:
         self._thread.start()
 
     def _run(self, order: Train, documents: list[Document]) -> None:
+        if self._config.niceness == NICEST:
+            _step_back()
         result: CandidateTrained | TrainingFailed
         try:
             result = self._train(order, documents)
@@ -168,3 +171,13 @@ class CandidateThread:
 
         path, metrics = train_candidate(candidate, self._spec, self._pack, blocks_of, self._out, self.progress)
         return CandidateTrained(str(path), metrics)
+
+
+def _step_back() -> None:
+    """This thread alone: what is shown has to be read. Who is woken beside a thread that is only niced waits for the
+    end of its time slice.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except OSError as error:
+        logger.info("The scheduler's idle class cannot be had (%s): training is niced down only.", error.strerror)

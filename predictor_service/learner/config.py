@@ -29,11 +29,12 @@ class LearnerConfig:
         documents_between_trainings: that are new before the next one.
         max_steps, max_train_s: of the optimiser and of processor time, of one training.
         learning_rate: of one that begins from the active version.
-        cpu_share: of one core, while training.
-        serving_cpu_share: the same while nodes show layers. Where no core is idle, a training chills the caches that
-            predicting works with: hints come later by its share of the time (`make bench-learner`).
-        niceness: of the learner's process; with 19 it is in the scheduler's idle class, too: it has what nobody else
-            wants, and gives the processor back at once.
+        cpu_share: of one core that a training has, while nodes have shown no layer for a second.
+        serving_cpu_share: the same while they do, so that `max_train_s` may take hours. Where no core is idle, a
+            training chills the caches that predicting works with: hints come later by its share of the time
+            (`make bench-learner`). A node that asks its predictor nothing shows nothing: that counts as idle.
+        niceness: of the learner's process; with 19 what trains is in the scheduler's idle class, too: it has what
+            nobody else wants, and gives the processor back at once.
         alpha: how often at most a candidate is promoted whose gain is not above `min_gain`.
         give_up_alpha: how often at most one is given up that is better by more than `min_gain`.
         min_gain: in recall, from where on a candidate is worth a promotion.

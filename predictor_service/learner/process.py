@@ -26,6 +26,7 @@ from predictor_service.learner.control import (
     encode_answer,
 )
 from predictor_service.learner.document import Document
+from predictor_service.learner.feed_pace import FeedPace
 from predictor_service.learner.gatherer import Gatherer
 from predictor_service.learner.kept_documents import KeptDocuments
 from predictor_service.learner.reservoir import Reservoir
@@ -37,10 +38,6 @@ logger = logging.getLogger(__name__)
 
 _MOST_PACKETS_A_TURN: Final = 256
 """That are read before commands are looked at again."""
-
-_FEW_PACKETS: Final = 64
-_GATHER_S: Final = 0.02
-"""Where few waited, more are let come: each awakening takes the processor from somebody."""
 
 _SWEEP_EVERY_S: Final = 60.0
 """Documents on the disk get too old also while none come."""
@@ -71,6 +68,7 @@ class LearnerProcess:
         self._pack = pack
         self._out = out
         self._feed = feed
+        self._feed_pace = FeedPace(feed.buffer_nbytes, time.perf_counter())
         self._control = control
         self._reservoir = Reservoir(config.max_nbytes, config.half_life_s)
         self._gatherer = Gatherer(spec, config.max_document_tokens, self._hold)
@@ -128,29 +126,29 @@ class LearnerProcess:
 
     def _read_feed(self) -> bool:
         """What waits there; False when nothing will come any more."""
-        num_packets = 0
+        num_packets = read_nbytes = 0
         try:
-            while num_packets < _MOST_PACKETS_A_TURN and self._read_packet():
-                num_packets += 1
+            while num_packets < _MOST_PACKETS_A_TURN and (packet_nbytes := self._read_packet()) is not None:
+                num_packets, read_nbytes = num_packets + 1, read_nbytes + packet_nbytes
         except Unavailable:
             return False
         self._keep_bounds()
         if self._candidate is not None:
             self._candidate.progress.shown()
-        if num_packets < _FEW_PACKETS:
-            time.sleep(_GATHER_S)
+        time.sleep(self._feed_pace.rest_s(read_nbytes, time.perf_counter()))
         return True
 
-    def _read_packet(self) -> bool:
-        """False when none waits; raises Unavailable when none will come."""
+    def _read_packet(self) -> int | None:
+        """Its bytes; None when none waits. Raises Unavailable when none will come."""
+        packet: bytes | None = None
         try:
             packet = self._feed.receive(0)
             if packet is not None and not self._is_paused:
                 feed_client.tell(packet, self._gatherer)
         except InvalidInput:
             self._num_bad_packets += 1
-            return True
-        return packet is not None
+            return len(packet or b"")
+        return None if packet is None else len(packet)
 
     def _keep_bounds(self) -> None:
         """Requests that still run count, too; they go last."""

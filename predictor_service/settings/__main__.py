@@ -5,7 +5,8 @@ import sys
 from predictor_service.config import AUTO, PredictorConfig
 from predictor_service.learner.config import LearnerConfig
 from predictor_service.plugins import plugin_named
-from promoe.config import LogConfig, Settings, check_settings
+from promoe.config import LogConfig, Settings
+from promoe.settings_check import check_settings
 
 
 def check(settings: Settings) -> None:

@@ -5,9 +5,7 @@ The file has one table per service (`[store]`, `[compute]`, `[predictor]`), one 
 tables are theirs to check.
 """
 
-import argparse
 import dataclasses
-import sys
 import tomllib
 import types
 import typing
@@ -114,28 +112,6 @@ class Settings:
             raise ValueError(f"{assignment!r} is not of the form section.key=value")
         _check_section(section)
         self._tables.setdefault(section, {})[key] = _CommandLineText(text.strip())
-
-
-def check_settings(section: str, check: typing.Callable[[Settings], object]) -> int:
-    """What `python -m SERVICE.settings` does: looks at a service's command line without starting the service.
-
-    Args:
-        section: the service's.
-        check: reads the sections; raises ValueError for what does not fit.
-
-    Returns:
-        The exit status: 0, or 2 when standard error has the sentence.
-    """
-    parser = argparse.ArgumentParser(description=f"Checks the [{section}] settings, and starts nothing.")
-    parser.add_argument("--config", type=Path, help=f"TOML file with a [{section}] table")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides the file")
-    options = parser.parse_args()
-    try:
-        check(Settings(options.config, options.set))
-    except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
 
 
 class _CommandLineText(str):

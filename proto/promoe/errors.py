@@ -100,6 +100,7 @@ _MAX_TEXT_NBYTES: Final = 2000
 """gRPC replaces a status whose text does not fit its metadata (8 KiB, percent-encoded: up to 3 bytes for one)."""
 
 
+EXIT_WRONG_SETTING: Final = 2
 EXIT_PACK_DAMAGED: Final = 3
 """Exit status of a service that found its pack damaged: who started it may know how the pack is made."""
 

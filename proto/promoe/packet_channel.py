@@ -61,6 +61,11 @@ class PacketChannel:
         self._buffer = bytearray(LARGEST_PACKET_NBYTES)
         self._view = memoryview(self._buffer)
 
+    @property
+    def buffer_nbytes(self) -> int:
+        """That the system keeps for what was sent and not received; its own administration counts."""
+        return self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
     @classmethod
     def connect(cls, path: Path, timeout_s: float) -> "PacketChannel":
         """Raises Unavailable when nobody listens there, or lets nobody in in time."""

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promoe.config import SECTIONS, LogConfig, Settings, check_settings
+from promoe.config import SECTIONS, LogConfig, Settings
+from promoe.settings_check import check_settings
 
 
 class Color(Enum):

@@ -29,7 +29,7 @@ class ServiceCommand:
         arguments: its command line.
         log: file that its output is appended to; beside it, with `.1` at the end, the one before it.
         stop_deadline_s: how long it may take to stop by itself.
-        settings_module: what looks at the same command line and starts nothing; see `check_settings`.
+        settings_module: what looks at the same command line and starts nothing; see `check_all_settings`.
     """
 
     name: str

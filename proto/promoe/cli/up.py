@@ -13,7 +13,7 @@ from promoe.cli.http_address import plan_http
 from promoe.cli.options import RunDirOption, rate, size
 from promoe.cli.pack_cache import DEMO_MODEL, plan_pack
 from promoe.cli.run_dir import RunDir
-from promoe.cli.settings_check import check_settings
+from promoe.cli.settings_check import check_all_settings
 from promoe.cli.stack import Stack
 from promoe.cli.stack_plan import StackPlan, check_port_free, plan_stack
 from promoe.cli.stack_view import StackView, view_for
@@ -95,10 +95,10 @@ def brought_up(plan: StackPlan, run_dir: RunDir, view: StackView, stop: StopSign
     """Holds the run folder and the running stack; gives None when a signal came before it served."""
     with run_dir.hold():
         check_port_free(plan.endpoint)
-        check_settings(plan.commands)
+        is_checked = check_all_settings(plan.commands, stop)
         stack = Stack(plan, run_dir, view, stop)
         try:
-            yield stack if stack.bring_up() else None
+            yield stack if is_checked and stack.bring_up() else None
         finally:
             stack.take_down()
             view.close()

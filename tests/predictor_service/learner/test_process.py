@@ -1,6 +1,5 @@
 """The learner's process over its real sockets: gathers, trains, survives garbage, and is survived when it is killed."""
 
-import os
 import signal
 import stat
 import threading
@@ -87,16 +86,6 @@ def eager(pack: Path, tmp_path: Path) -> Iterator[Running]:
     process = Running(pack, tmp_path / "out", "learner.niceness=0")
     yield process
     process.child.close()
-
-
-def test_the_least_important_process_gives_way_to_all_others(pack: Path, tmp_path: Path) -> None:
-    process = Running(pack, tmp_path / "out", "learner.niceness=19")
-    try:
-        assert process.status().documents == 0, "it has begun"
-        assert os.sched_getscheduler(process.child.process.pid) == os.SCHED_IDLE
-        assert os.getpriority(os.PRIO_PROCESS, process.child.process.pid) == 19
-    finally:
-        process.child.close()
 
 
 @pytest.fixture
