@@ -4,6 +4,7 @@ Everything but training happens on one thread, a packet or a command at a time.
 """
 
 import logging
+import os
 import selectors
 import time
 from pathlib import Path
@@ -130,6 +131,7 @@ class LearnerProcess:
         try:
             while num_packets < _MOST_PACKETS_A_TURN and (packet_nbytes := self._read_packet()) is not None:
                 num_packets, read_nbytes = num_packets + 1, read_nbytes + packet_nbytes
+                os.sched_yield()  # whoever was woken meanwhile does not wait for the end of this turn
         except Unavailable:
             return False
         self._keep_bounds()
