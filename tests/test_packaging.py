@@ -152,7 +152,8 @@ def test_setting_up_starts_with_torchs_exact_version() -> None:
 def test_the_ci_script_runs_the_same_commands_as_people() -> None:
     script = (ROOT / ".ci/run").read_text()
     assert os.access(ROOT / ".ci/run", os.X_OK)
-    assert re.findall(r"^stage \w+ (.*)$", script, re.MULTILINE) == ["make setup", "make check", "make test"]
+    stages = ["make setup", "make check", "make test", "env PROMOE_INSTALL_ENGINE=1 make test-compose"]
+    assert re.findall(r"^stage \w+ (.*)$", script, re.MULTILINE) == ["browser", *stages]
     assert "set -euo pipefail" in script
 
 

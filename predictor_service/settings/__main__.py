@@ -1,6 +1,7 @@
 """`python -m predictor_service.settings`: whether a predictor's settings can be, in a moment and without a pack."""
 
 import sys
+from pathlib import Path
 
 from predictor_service.config import AUTO, PredictorConfig
 from predictor_service.learner.config import LearnerConfig
@@ -9,12 +10,13 @@ from promoe.config import LogConfig, Settings
 from promoe.settings_check import check_settings
 
 
-def check(settings: Settings) -> None:
+def check(config_file: Path | None, assignments: list[str]) -> None:
     """What the pack has no say in.
 
     Raises:
         ValueError: the sentence.
     """
+    settings = Settings(config_file, assignments)
     settings.section("log", LogConfig)
     settings.section("learner", LearnerConfig)
     config = settings.section("predictor", PredictorConfig)

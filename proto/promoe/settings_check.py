@@ -5,16 +5,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from promoe.config import Settings
 from promoe.errors import EXIT_WRONG_SETTING
 
 
-def check_settings(section: str, check: Callable[[Settings], object]) -> int:
+def check_settings(section: str, check: Callable[[Path | None, list[str]], object]) -> int:
     """Of one service.
 
     Args:
         section: the service's.
-        check: reads the sections; raises ValueError for what does not fit.
+        check: reads the sections of this file with these assignments; raises ValueError for what does not fit.
 
     Returns:
         The exit status: 0, or EXIT_WRONG_SETTING when standard error has the sentence.
@@ -24,7 +23,7 @@ def check_settings(section: str, check: Callable[[Settings], object]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides the file")
     options = parser.parse_args()
     try:
-        check(Settings(options.config, options.set))
+        check(options.config, options.set)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_WRONG_SETTING

@@ -161,7 +161,7 @@ def test_a_services_settings_are_checked_without_it(
 ) -> None:
     def status(*arguments: str) -> int:
         monkeypatch.setattr("sys.argv", ["settings", *arguments])
-        return check_settings("log", lambda settings: settings.section("log", LogConfig))
+        return check_settings("log", lambda file, assignments: Settings(file, assignments).section("log", LogConfig))
 
     assert (status("--set", "log.level=debug"), capsys.readouterr().err) == (0, "")
     assert status("--set", "log.level=loud") == 2
