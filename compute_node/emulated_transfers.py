@@ -6,6 +6,7 @@ engine thread changes the queue, what the link would have done meanwhile can be 
 """
 
 import ctypes
+import select
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ no device would lose by waiting for its copy engine (DECISIONS.md). So the end o
 class RealClock:
     """`time.perf_counter`; short waits are passed awake."""
 
+    def __init__(self) -> None:
+        self._nothing = select.poll()
+
     def __call__(self) -> float:
         """Now."""
         return time.perf_counter()
@@ -37,8 +41,12 @@ class RealClock:
     def advance_to(self, at_s: float) -> None:
         """Returns then."""
         while (early_s := at_s - time.perf_counter()) > 0:
-            # Sleeping for no time lets other threads have the interpreter.
-            time.sleep(max(0.0, early_s - AWAKE_S))
+            if early_s > AWAKE_S:
+                time.sleep(early_s - AWAKE_S)
+            else:
+                # Lets other threads have the interpreter. Sleeping for no time would, too, but makes the kernel set a
+                # timer, after which the computing is slower for longer than the wait took (DECISIONS.md).
+                self._nothing.poll(0)
 
 
 class EmulatedTransfers:

@@ -1,27 +1,21 @@
 """Which READY slot gives way: a policy is a row in a table.
 
-A policy scores the experts of some layers, (layers, E): of the slots that may be given up, the one with the lowest
-score is.
+A policy says what each expert of a layer is worth: of the slots that may be given up, the one that is worth least is.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, TypeAlias
+from typing import Final
 
-import numpy as np
-import numpy.typing as npt
+from librt.vecs import vec
+from mypy_extensions import i64
 
 from compute_node.expert_history import ExpertHistory
-from compute_node.expert_uses import as_array
 from promoe.config import SettingUnfit
-from promoe.ids import ExpertId
 
-Scores: TypeAlias = npt.NDArray[np.float64] | npt.NDArray[np.int64]
-
-_LARGEST_CLOCK: Final = 1 << 40
-_MOST_USES: Final = 1 << 22
-"""More uses than this, a day of decoding from one slot, count as so many: both numbers together fit 63 bits."""
+_BETWEEN_EQUALS: Final = 2.0**-32
+"""Less than one use, for months of uses of the whole model."""
 
 
 @dataclass(frozen=True)
@@ -29,55 +23,61 @@ class Eviction:
     """A row of the table.
 
     Attributes:
-        of_layers: all experts of some layers, (layers, E).
-        of_expert: the same of one, to the last bit: what gives way is looked at once more, alone.
+        within: what the experts of a layer are worth beside each other, (E,); changes with `ExpertHistory.changes`.
+        of_layer: what each of them is worth more than those of other layers, for being this layer's; may change always.
     """
 
-    of_layers: Callable[[ExpertHistory, slice], Scores]
-    of_expert: Callable[[ExpertHistory, ExpertId], float]
+    within: Callable[[ExpertHistory, int], vec[float]]
+    of_layer: Callable[[ExpertHistory, int], float]
 
 
-def lru(history: ExpertHistory, layers: slice) -> Scores:
+def lru(history: ExpertHistory, layer: int) -> vec[float]:
     """Keeps what was used last: the paper's baseline (ProMoE §6.1)."""
-    return as_array(history.uses.last_use, layers)
+    return vec[float]([float(number) for number in history.uses.last_use[layer]])
 
 
-def lfu(history: ExpertHistory, layers: slice) -> Scores:
+def lfu(history: ExpertHistory, layer: int) -> vec[float]:
     """Keeps what was used most often since it was loaded; among equals what was used last."""
-    uses = history.uses
-    return np.minimum(as_array(uses.num_uses, layers), _MOST_USES) * _LARGEST_CLOCK + as_array(uses.last_use, layers)
+    pairs = zip(history.uses.num_uses[layer], history.uses.last_use[layer], strict=True)
+    return vec[float]([num_uses + last_use * _BETWEEN_EQUALS for num_uses, last_use in pairs])
 
 
-def static(history: ExpertHistory, layers: slice) -> Scores:
+def static(history: ExpertHistory, layer: int) -> vec[float]:
     """Keeps what was routed most often since the start, so that the set stops changing; ties by number."""
-    return as_array(history.uses.num_routed, layers)
+    return vec[float]([float(number) for number in history.uses.num_routed[layer]])
 
 
-def promoe(history: ExpertHistory, layers: slice) -> Scores:
+def promoe(history: ExpertHistory, layer: int) -> vec[float]:
     """LRU in which being hinted counts as a use (ProMoE §5, Algorithm 2: `cache.hit` of predicted experts)."""
-    return as_array(history.uses.last_touch, layers)
+    return vec[float]([float(number) for number in history.uses.last_touch[layer]])
 
 
-def next_use(history: ExpertHistory, layers: slice) -> Scores:
+def next_use(history: ExpertHistory, layer: int) -> vec[float]:
     """Keeps what is expected to be used soonest, in layers from now: Belady's rule on estimates.
 
     The estimate is recency, decayed frequency, hints and the distance in layers; see `ExpertHistory`.
     """
-    return -history.layers_until_use(layers)
+    worth_E = history.layers_missed(layer)
+    for expert in range(len(worth_E)):
+        worth_E[expert] = -worth_E[expert]
+    return worth_E
 
 
-def _lfu_of(history: ExpertHistory, expert: ExpertId) -> int:
-    uses, (layer, number) = history.uses, expert
-    return min(uses.num_uses[layer][number], _MOST_USES) * _LARGEST_CLOCK + uses.last_use[layer][number]
+def _nearness(history: ExpertHistory, layer: int) -> float:
+    return -float(history.layers_until_visit(layer))
+
+
+def _all_alike(history: ExpertHistory, layer: int) -> float:
+    return 0.0
 
 
 EVICTIONS: Final[Mapping[str, Eviction]] = MappingProxyType(
     {
-        "lru": Eviction(lru, lambda history, expert: history.uses.last_use[expert.layer][expert.expert]),
-        "lfu": Eviction(lfu, _lfu_of),
-        "static": Eviction(static, lambda history, expert: history.uses.num_routed[expert.layer][expert.expert]),
-        "promoe": Eviction(promoe, lambda history, expert: history.uses.last_touch[expert.layer][expert.expert]),
-        "next_use": Eviction(next_use, lambda history, expert: -history.layers_until_use_of(expert)),
+        "lru": Eviction(lru, _all_alike),
+        "lfu": Eviction(lfu, _all_alike),
+        "static": Eviction(static, _all_alike),
+        "promoe": Eviction(promoe, _all_alike),
+        "next_use": Eviction(next_use, _nearness),
     }
 )
 
@@ -89,27 +89,26 @@ def eviction_named(name: str) -> Eviction:
     return EVICTIONS[name]
 
 
-class ScoresBy:
-    """A policy's scores.
+class WorthBy:
+    """What experts are worth by a policy.
 
     Args:
         eviction: a row of the table.
         history: what it looks at.
+
+    Attributes:
+        changes: see `ExpertHistory`.
     """
 
     def __init__(self, eviction: Eviction, history: ExpertHistory) -> None:
         self._eviction = eviction
         self._history = history
+        self.changes: vec[i64] = history.changes
 
-    @property
-    def epoch(self) -> int:
-        """Changes whenever scores may have, but for those of experts that are hinted or being loaded."""
-        return self._history.epoch
+    def within(self, layer: int) -> vec[float]:
+        """Of the layer's experts beside each other, (E,)."""
+        return self._eviction.within(self._history, layer)
 
-    def __call__(self, layers: slice) -> Scores:
-        """Of the experts of these layers, (layers, E)."""
-        return self._eviction.of_layers(self._history, layers)
-
-    def of(self, expert: ExpertId) -> float:
-        """Of one expert."""
-        return self._eviction.of_expert(self._history, expert)
+    def of_layer(self, layer: int) -> float:
+        """Of the layer beside others."""
+        return self._eviction.of_layer(self._history, layer)

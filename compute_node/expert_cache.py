@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from compute_node.acquisition import Acquisition
-from compute_node.eviction import ScoresBy, eviction_named
+from compute_node.eviction import WorthBy, eviction_named
 from compute_node.expert_feed import ComputeMarks, ExpertFeed, FeedParts
-from compute_node.expert_history import ExpertHistory, FloatArray
+from compute_node.expert_history import ExpertHistory
 from compute_node.hint_inbox import HintInbox
 from compute_node.loads import Load, LoadState, Transfers
 from compute_node.prefetch import Prefetcher
@@ -113,7 +113,7 @@ class ExpertCache:
             slot_addresses,
             geometry,
             policy.slot_split,
-            ScoresBy(eviction_named(policy.eviction), self._history),
+            WorthBy(eviction_named(policy.eviction), self._history),
             self._idle,
         )
         self._prefetcher = Prefetcher(policy, self._table, self._history, self._transfers, self._new_load)
@@ -339,7 +339,7 @@ class ExpertCache:
     def _apply(self, hint: Hint) -> None:
         """What a hint means to eviction."""
         if self.policy.hints is HintUse.BUDGETED:
-            self._history.hinted(hint.layer, hint.experts, hint.scores)
+            self._history.hinted(hint.layer, hint.experts.tolist(), hint.scores.tolist())
         elif self.policy.hints is HintUse.TOP:
             head = hint.experts[: hint.num_expected].tolist()
             self._history.touched(hint.layer, [e for e in head if e in self._table.slot_of[hint.layer]])
@@ -377,12 +377,12 @@ class ExpertCache:
             self._marks.synchronize()
             self._computing_thread = thread
 
-    def _token_shares(self, topk_ids_TK: IdArray) -> FloatArray | None:
+    def _token_shares(self, topk_ids_TK: IdArray) -> list[float] | None:
         """The share of tokens that were routed to each expert; None for a single token."""
         if topk_ids_TK.shape[0] == 1:
             return None
-        shares_E: FloatArray = np.bincount(topk_ids_TK.ravel(), minlength=self.geometry.num_experts) / len(topk_ids_TK)
-        return shares_E
+        counts: list[int] = np.bincount(topk_ids_TK.ravel(), minlength=self.geometry.num_experts).tolist()
+        return [count / topk_ids_TK.shape[0] for count in counts]
 
 
 def _layer_event(acquired: Acquisition, step: int, topk_ids_TK: IdArray, routed_s: float, end_s: float) -> LayerEvent:

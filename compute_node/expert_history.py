@@ -1,25 +1,26 @@
 """What eviction may look at: when and how often experts were used, and how likely each is to be needed next.
 
-Shapes: L MoE layers, E experts, A averages. Owned by the engine thread. Probabilities are per layer visit: every layer
-is visited once a step, in order, so the next visit of layer l is a number of layers away that everybody can count.
+Owned by the engine thread. Probabilities are per layer visit: every layer is visited once a step, in order, so the next
+visit of layer l is a number of layers away that everybody can count. Numbers of all layers lie behind each other, layer
+by layer, in `vec`s: compiled, a loop over one layer's experts takes less time than one operation on an array.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from librt.vecs import vec
+from mypy_extensions import i64
 
 from compute_node.expert_uses import ARRAYS, ExpertUses
-from promoe.hint import Float32Array, IdArray
 from promoe.ids import ExpertId
 
 FloatArray = npt.NDArray[np.float64]
 
-DECAYS: Final[tuple[float, ...]] = (0.1, 0.02)
+SHORT_DECAY: Final = 0.1
+LONG_DECAY: Final = 0.02
 LAST_USE_WEIGHT: Final = 0.1
 """Chosen on recorded chats of the demo model (DECISIONS.md): the share of tokens that routed to an expert, averaged
 over about 10 and about 50 tokens in equal parts, and a tenth of weight on the last token alone."""
@@ -36,117 +37,140 @@ class ExpertHistory:
 
     Attributes:
         uses: when and how often experts were used.
-        next_probability_LE: that the layer's next visit needs the expert.
-        later_visits_LE: expected visits until use when the next visit does not need it.
         layer: the layer whose routing became known last; -1 at the beginning of a step.
         version: changes whenever estimates of the next use do.
-        epoch: changes with everything that changes many experts' scores: a routing, a step, hints that count as uses.
+        changes: by layer, counts up whenever something is known anew of its experts.
     """
 
     def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
         self.num_layers = num_layers
         self.num_experts = num_experts
         self._experts_per_token = experts_per_token
-        self._layers_L = np.arange(num_layers)
-        self._mix_A: FloatArray = np.full(len(DECAYS), (1 - LAST_USE_WEIGHT) / len(DECAYS))
         self.version = 0
-        self.epoch = 0
+        self.changes: vec[i64] = vec[i64]([0] * num_layers)
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything."""
-        shape = (self.num_layers, self.num_experts)
-        start = self._experts_per_token / self.num_experts
+        num, start = self.num_layers * self.num_experts, self._experts_per_token / self.num_experts
         self.uses = ExpertUses(self.num_layers, self.num_experts)
-        self._averages_LAE: FloatArray = np.full((self.num_layers, len(DECAYS), self.num_experts), start)
-        self._token_probability_LE: FloatArray = np.full(shape, start)
-        self.next_probability_LE: FloatArray = np.full(shape, start)
-        self.later_visits_LE: FloatArray = np.full(shape, 1 / start)
+        self._short: vec[float] = vec[float]([start] * num)
+        self._long: vec[float] = vec[float]([start] * num)
+        # That one token needs the expert; that the layer's next visit does; how many visits later when it does not.
+        self._of_token: vec[float] = vec[float]([start] * num)
+        self._next: vec[float] = vec[float]([start] * num)
+        self._later_visits: vec[float] = vec[float]([1 / start] * num)
         self.layer = -1
-        self.version += 1
-        self.epoch += 1
         self._num_next_rows = 1
+        self._changed_everywhere()
 
     def begin_step(self, num_tokens: int, num_requests: int) -> None:
         """The next visits are this step's, of `num_tokens` tokens; the step after it has a token per request."""
         self.layer = -1
         self.version += 1
-        self.epoch += 1
         if num_tokens != self._num_next_rows:
-            self.next_probability_LE = _union(self._token_probability_LE, num_tokens)
+            of_token, of_step = self._of_token, self._next
+            for place in range(len(of_token)):
+                of_step[place] = _union(of_token[place], num_tokens)
+            self._changed_everywhere()
         self._num_next_rows = num_requests
 
-    def routed(self, layer: int, experts: Sequence[int], token_share_E: FloatArray | None, num_tokens: int) -> None:
+    def routed(
+        self, layer: int, experts: Sequence[int], token_share_E: Sequence[float] | None, num_tokens: int
+    ) -> None:
         """The layer's routing became known.
 
         Args:
             layer: MoE layer.
             experts: the distinct ones, in the order in which they count as used.
-            token_share_E: the share of the step's tokens that were routed to each expert, which is overwritten; None
-                for a single token.
+            token_share_E: the share of the step's tokens that were routed to each expert; None for a single token.
             num_tokens: of the step.
         """
         self.layer = layer
         self.version += 1
-        self.epoch += 1
+        self.changes[layer] += 1
         self.uses.routed(layer, experts)
+        share_E = vec[float]([0.0] * self.num_experts if token_share_E is None else token_share_E)
         if token_share_E is None:
-            token_share_E = np.zeros(self.num_experts)
-            token_share_E[list(experts)] = 1.0
-        weight_A1, kept_A1 = _weights_of(num_tokens)
-        averages_AE = self._averages_LAE[layer]
-        averages_AE *= kept_A1
-        averages_AE += weight_A1 * token_share_E
-        token_share_E *= LAST_USE_WEIGHT
-        token_share_E += self._mix_A @ averages_AE
-        probability_E = self._token_probability_LE[layer]
-        np.maximum(token_share_E, LEAST_PROBABILITY, out=probability_E)
-        if self._num_next_rows > 1:
-            probability_E = _union(probability_E, self._num_next_rows)
-        self.next_probability_LE[layer] = probability_E
-        np.divide(1, probability_E, out=self.later_visits_LE[layer])
+            for expert in experts:
+                share_E[expert] = 1.0
+        self._learn(layer, share_E, num_tokens)
 
-    def hinted(self, layer: int, experts: IdArray, probabilities: Float32Array) -> None:
+    def _learn(self, layer: int, share_E: vec[float], num_tokens: int) -> None:
+        short, long, of_token, of_step, later = (
+            self._short, self._long, self._of_token, self._next, self._later_visits,
+        )  # fmt: skip
+        kept_short, kept_long = (1.0 - SHORT_DECAY) ** num_tokens, (1.0 - LONG_DECAY) ** num_tokens
+        num_rows = self._num_next_rows
+        place: i64 = layer * self.num_experts
+        for share in share_E:
+            short[place] = kept_short * short[place] + (1.0 - kept_short) * share
+            long[place] = kept_long * long[place] + (1.0 - kept_long) * share
+            average = (short[place] + long[place]) / 2.0
+            probability = max(LAST_USE_WEIGHT * share + (1.0 - LAST_USE_WEIGHT) * average, LEAST_PROBABILITY)
+            of_token[place] = probability
+            if num_rows > 1:
+                probability = _union(probability, num_rows)
+            of_step[place] = probability
+            later[place] = 1.0 / probability
+            place += 1
+
+    def hinted(self, layer: int, experts: Sequence[int], probabilities: Sequence[float]) -> None:
         """A hint, whose scores are probabilities, replaces the own estimate of the layer's next visit."""
         self.version += 1
-        row_E = self.next_probability_LE[layer]
-        np.divide(UNLISTED_SHARE, self.later_visits_LE[layer], out=row_E)
-        row_E[experts] = np.minimum(np.maximum(probabilities, LEAST_PROBABILITY), 1.0)
+        self.changes[layer] += 1
+        of_step, later = self._next, self._later_visits
+        first: i64 = layer * self.num_experts
+        for place in range(first, first + self.num_experts):
+            of_step[place] = UNLISTED_SHARE / later[place]
+        for expert, probability in zip(experts, probabilities, strict=True):
+            of_step[first + expert] = min(max(probability, LEAST_PROBABILITY), 1.0)
 
     def touched(self, layer: int, experts: Sequence[int]) -> None:
         """A hint names these experts of a layer, best first."""
         self.version += 1
-        self.epoch += 1
+        self.changes[layer] += 1
         self.uses.touched(layer, experts)
 
     def loaded(self, expert: ExpertId, is_needed: bool) -> None:
         """The expert comes into a slot."""
+        self.changes[expert.layer] += 1
         self.uses.loaded(expert, is_needed)
 
-    def layers_until_use(self, layers: slice) -> FloatArray:
-        """Expected number of layers until each expert of these layers is used, the time that Belady would know.
+    def next_probability_of(self, expert: ExpertId) -> float:
+        """That the layer's next visit needs the expert."""
+        return self._next[expert.layer * self.num_experts + expert.expert]
 
-        The next visit is 1 layer away for the layer after `layer` and L layers for `layer` itself; if it does not need
-        the expert, later ones are L layers apart.
+    def next_probabilities_of(self, layer: int) -> list[float]:
+        """The same of all the layer's experts."""
+        first = layer * self.num_experts
+        return list(self._next[first : first + self.num_experts])
+
+    def layers_until_visit(self, layer: int) -> int:
+        """The next visit is 1 layer away for the layer after `self.layer`, and L layers for `self.layer` itself."""
+        return (layer - self.layer - 1) % self.num_layers + 1
+
+    def layers_missed(self, layer: int) -> vec[float]:
+        """Expected number of layers from the layer's next visit until each of its experts is used.
+
+        If the next visit does not need the expert, later ones are L layers apart. With `layers_until_visit` it is the
+        time that Belady would know.
         """
-        until_visit_L = (self._layers_L[layers] - self.layer - 1) % self.num_layers + 1
-        missed_LE = self.num_layers - self.num_layers * self.next_probability_LE[layers]
-        missed_LE *= self.later_visits_LE[layers]
-        missed_LE += until_visit_L[:, None]
-        expected: FloatArray = missed_LE
-        return expected
-
-    def layers_until_use_of(self, expert: ExpertId) -> float:
-        """The same of one expert, to the last bit."""
-        until_visit = (expert.layer - self.layer - 1) % self.num_layers + 1
-        missed = self.num_layers - self.num_layers * self.next_probability_LE.item(expert)
-        return missed * self.later_visits_LE.item(expert) + until_visit
+        of_step, later = self._next, self._later_visits
+        num_layers: float = float(self.num_layers)
+        missed_E = vec[float]([0.0] * self.num_experts)
+        place: i64 = layer * self.num_experts
+        for expert in range(len(missed_E)):
+            missed_E[expert] = num_layers * (1.0 - of_step[place]) * later[place]
+            place += 1
+        return missed_E
 
     def to_json(self) -> str:
         """Everything that decides, for a replay."""
-        arrays = {name: getattr(self, attribute).tolist() for name, attribute in _ESTIMATES.items()}
+        estimates = {name: self._by_layer(numbers) for name, numbers in self._estimates().items()}
+        averages = [list(pair) for pair in zip(self._by_layer(self._short), self._by_layer(self._long), strict=True)]
         numbers = {"layer": self.layer, "num_next_rows": self._num_next_rows}
-        return json.dumps({**arrays, **self.uses.to_document(), **numbers})
+        return json.dumps({_AVERAGES: averages, **estimates, **self.uses.to_document(), **numbers})
 
     def load_json(self, text: str) -> None:
         """Undoes `to_json`.
@@ -156,36 +180,48 @@ class ExpertHistory:
         """
         document = json.loads(text)
         counts = {f"{name}_LE": name for name in ARRAYS}
-        lacking = {*_ESTIMATES, *counts, "layer", "clock", "num_next_rows"} - set(document)
+        lacking = {_AVERAGES, *self._estimates(), *counts, "layer", "clock", "num_next_rows"} - set(document)
         if lacking:
             raise ValueError(
                 f"the history was kept by another version of promoe: it lacks {', '.join(sorted(lacking))}"
             )
-        for name, attribute in _ESTIMATES.items():
-            former: FloatArray = getattr(self, attribute)
-            estimates = np.asarray(document[name], np.float64)
-            _check_shape(name, estimates.shape, former.shape)
-            setattr(self, attribute, estimates)
+        averages_LAE = np.asarray(document[_AVERAGES], np.float64)
+        _check_shape(_AVERAGES, averages_LAE.shape, (self.num_layers, 2, self.num_experts))
+        _overwrite(self._short, averages_LAE[:, 0])
+        _overwrite(self._long, averages_LAE[:, 1])
+        for name, numbers in self._estimates().items():
+            estimates_LE = np.asarray(document[name], np.float64)
+            _check_shape(name, estimates_LE.shape, (self.num_layers, self.num_experts))
+            _overwrite(numbers, estimates_LE)
         for name, attribute in counts.items():
-            numbers = np.asarray(document[name], np.int64)
-            _check_shape(name, numbers.shape, (self.num_layers, self.num_experts))
-            setattr(self.uses, attribute, numbers.tolist())
-        self.version += 1
-        self.epoch += 1
+            counts_LE = np.asarray(document[name], np.int64)
+            _check_shape(name, counts_LE.shape, (self.num_layers, self.num_experts))
+            setattr(self.uses, attribute, counts_LE.tolist())
         self.layer = int(document["layer"])
         self.uses.clock = int(document["clock"])
         self._num_next_rows = int(document["num_next_rows"])
+        self._changed_everywhere()
+
+    def _estimates(self) -> dict[str, vec[float]]:
+        """By their names in a snapshot's document."""
+        return {
+            "_token_probability_LE": self._of_token,
+            "next_probability_LE": self._next,
+            "later_visits_LE": self._later_visits,
+        }
+
+    def _by_layer(self, numbers: vec[float]) -> list[list[float]]:
+        width = self.num_experts
+        return [list(numbers[first : first + width]) for first in range(0, len(numbers), width)]
+
+    def _changed_everywhere(self) -> None:
+        self.version += 1
+        for layer in range(self.num_layers):
+            self.changes[layer] += 1
 
 
-_ESTIMATES: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "_averages_L2E": "_averages_LAE",
-        "_token_probability_LE": "_token_probability_LE",
-        "next_probability_LE": "next_probability_LE",
-        "later_visits_LE": "later_visits_LE",
-    }
-)
-"""In a snapshot's document and here."""
+_AVERAGES: Final = "_averages_L2E"
+"""In a snapshot's document: the short and the long one, by layer."""
 
 
 def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -193,14 +229,11 @@ def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -
         raise ValueError(f"the history's {name} has the shape {shape}, not {expected}")
 
 
-@lru_cache(maxsize=64)
-def _weights_of(num_tokens: int) -> tuple[FloatArray, FloatArray]:
-    """How much so many tokens at once change the averages, and how much of them stays, (averages, 1) each."""
-    kept: FloatArray = (1 - np.array(DECAYS)[:, None]) ** num_tokens
-    return 1 - kept, kept
+def _overwrite(numbers: vec[float], by_layer: FloatArray) -> None:
+    for place, number in enumerate(by_layer.ravel().tolist()):
+        numbers[place] = number
 
 
-def _union(probability: FloatArray, num_tokens: int) -> FloatArray:
+def _union(probability: float, num_tokens: int) -> float:
     """That at least one of several tokens needs it."""
-    union: FloatArray = 1 - (1 - probability) ** num_tokens
-    return union
+    return 1.0 - (1.0 - probability) ** num_tokens

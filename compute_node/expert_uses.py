@@ -6,12 +6,8 @@ Lists of numbers, not arrays: to count eight uses takes a microsecond so, and se
 from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
 from promoe.ids import ExpertId
 
-IntArray = npt.NDArray[np.int64]
 Counts = list[list[int]]
 """By layer and expert."""
 
@@ -66,8 +62,3 @@ class ExpertUses:
     def to_document(self) -> dict[str, object]:
         """For a snapshot; `ExpertHistory.load_json` undoes it."""
         return {**{f"{name}_LE": getattr(self, name) for name in ARRAYS}, "clock": self.clock}
-
-
-def as_array(counts: Counts, layers: slice) -> IntArray:
-    """Of some layers, (layers, E)."""
-    return np.array(counts[layers], np.int64)

@@ -7,8 +7,6 @@ link, what it carries until the next look, so that better knowledge can still ch
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-import numpy as np
-
 from compute_node.expert_history import ExpertHistory
 from compute_node.hint_book import HintBook
 from compute_node.loads import Load, LoadState, Transfers
@@ -30,7 +28,7 @@ STREAM_LAYERS: Final = 2
 LEAST_PROBABILITY: Final = 0.15
 """Less likely experts are not prefetched, however idle the link is: a chunk of theirs may hold up a demand load."""
 
-LOAD_COST: Final = 1.0
+LOAD_COST: Final = 0.5
 RELOAD_COST: Final = 2.0
 """Of a wrong prefetch, in units of the wait that a right one saves; chosen by replaying chats of the demo model. The
 first is not forgiven where the link is idle: a load takes time from the engine thread, too."""
@@ -250,13 +248,12 @@ class Prefetcher:
             layer = history.layer + distance
             if layer >= history.num_layers:
                 return
-            probability_E = history.next_probability_LE[layer]
-            for expert in np.argsort(-probability_E, kind="stable").tolist():
-                if probability_E[expert] < LEAST_STREAMED_PROBABILITY:
+            probability_E = history.next_probabilities_of(layer)
+            for expert in sorted(range(len(probability_E)), key=lambda expert: -probability_E[expert]):
+                probability = probability_E[expert]
+                if probability < LEAST_STREAMED_PROBABILITY:
                     break
-                yield Candidate(
-                    ExpertId(layer, expert), float(probability_E[expert]), float(distance), LoadReason.STREAM
-                )
+                yield Candidate(ExpertId(layer, expert), probability, float(distance), LoadReason.STREAM)
 
     def _heads(self) -> Iterator[Candidate]:
         """The heads of the hints, layer by layer."""
@@ -345,5 +342,9 @@ class Prefetcher:
         if not self._weighs_victims:
             return None
         chance = candidate.probability
-        probability_LE = self._history.next_probability_LE
-        return lambda victim: bool((1 - chance) * (LOAD_COST + RELOAD_COST * probability_LE[victim]) < chance)
+
+        def is_worth(victim: ExpertId) -> bool:
+            return_chance = self._history.next_probability_of(victim)
+            return (1 - chance) * (LOAD_COST + RELOAD_COST * return_chance) < chance
+
+        return is_worth

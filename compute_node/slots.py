@@ -16,15 +16,16 @@ from enum import Enum
 from typing import Final, Protocol
 
 import numpy as np
+from librt.vecs import vec
+from mypy_extensions import i64
 
 from compute_node.copy_ticket import CopyTicket
-from compute_node.eviction import Scores
 from compute_node.loads import Load
 from compute_node.schedule import SlotSplit
 from promoe.ids import ExpertId
 
-FEW_VICTIMS: Final = 16
-"""Slots are given up a few at a time before scores change."""
+_NONE: Final = -1
+_NEVER: Final = -1
 
 
 @dataclass(frozen=True)
@@ -86,26 +87,18 @@ class Slot:
     kept_nbytes: int | None = None
 
 
-class Scoring(Protocol):
-    """What experts are worth."""
+class Worth(Protocol):
+    """What experts are worth: what `within` says of one beside others of its layer, and what `of_layer` adds."""
 
     @property
-    def epoch(self) -> int:
-        """Changes whenever scores may have, but for those of experts that are hinted or being loaded."""
+    def changes(self) -> vec[i64]:
+        """By layer: counts up whenever what `within` says of it may have changed."""
 
-    def __call__(self, layers: slice) -> Scores:
-        """Of the experts of these layers, (layers, E)."""
+    def within(self, layer: int) -> vec[float]:
+        """Of the layer's experts, (E,)."""
 
-    def of(self, expert: ExpertId) -> float:
-        """Of one expert."""
-
-
-@dataclass(frozen=True)
-class _Victims:
-    """Experts as numbers in their pool and their scores, worth least last."""
-
-    epoch: int
-    order: list[tuple[int, float]]
+    def of_layer(self, layer: int) -> float:
+        """Of all of them alike; may change always."""
 
 
 class SlotTable:
@@ -115,7 +108,7 @@ class SlotTable:
         addresses: of the slots, on the device.
         geometry: the cache's sizes.
         split: whether a layer may use another's slots.
-        score: of the experts of some layers, (layers, E): what is worth least is given up first.
+        worth: of experts: what is worth least is given up first.
         idle: a mark of compute that is done.
 
     Attributes:
@@ -129,21 +122,24 @@ class SlotTable:
         addresses: Sequence[int],
         geometry: CacheGeometry,
         split: SlotSplit,
-        score: Scoring,
+        worth: Worth,
         idle: CopyTicket,
     ) -> None:
         assert len(addresses) == geometry.num_slots, "every layer has its slots"
         self.geometry = geometry
         self.slots = [Slot(index, address, idle) for index, address in enumerate(addresses)]
         self._split = split
-        self._score = score
+        self._worth = worth
         num_pools = geometry.num_layers if split is SlotSplit.LAYER else 1
         share = len(self.slots) // num_pools
         self._free = [self.slots[pool * share : (pool + 1) * share][::-1] for pool in range(num_pools)]
         self.slot_of: list[dict[int, Slot]] = [{} for _ in range(geometry.num_layers)]
-        self._may_go_LE = np.zeros((geometry.num_layers, geometry.num_experts), dtype=bool)
-        # By pool: what may be given up, worth most first; see `_least_worth`.
-        self._victims: dict[int, _Victims] = {}
+        self._may_go: vec[bool] = vec[bool]([False] * (geometry.num_layers * geometry.num_experts))
+        # By layer: which of those that may go is worth least, and at which of the layer's changes that was looked up.
+        self._least: vec[i64] = vec[i64]([_NONE] * geometry.num_layers)
+        self._least_worth: vec[float] = vec[float]([0.0] * geometry.num_layers)
+        self._looked_up: vec[i64] = vec[i64]([_NEVER] * geometry.num_layers)
+        self._changes: vec[i64] = worth.changes
         self.evictions = Counter[int]()
         self.on_given_up: Callable[[Slot], None] = lambda slot: None
 
@@ -169,7 +165,7 @@ class SlotTable:
         pool = self.pool_of(layer)
         if self._free[pool]:
             return self._free[pool].pop()
-        victim = self._least_worth(pool)
+        victim = self._victim(pool)
         if victim is None or (may_go is not None and not may_go(victim)):
             return None
         slot = self.slot_of[victim.layer][victim.expert]
@@ -209,7 +205,7 @@ class SlotTable:
         assert slot.pins == 0, "a pinned slot is never given up"
         self.on_given_up(slot)
         del self.slot_of[slot.expert.layer][slot.expert.expert]
-        self._may_go_LE[slot.expert] = False
+        self._let_go(slot.expert, False)
         slot.state, slot.expert, slot.load, slot.kept_nbytes = SlotState.FREE, None, None, None
         slot.doomed = slot.is_speculative = False
         self._free[self._pool_of(slot)].append(slot)
@@ -234,7 +230,7 @@ class SlotTable:
         """Somebody uses it."""
         assert slot.expert is not None, "only a slot that holds an expert is pinned"
         slot.pins += 1
-        self._may_go_LE[slot.expert] = False
+        self._let_go(slot.expert, False)
 
     def unpin(self, slot: Slot) -> None:
         """Undoes one `pin`; a doomed slot is forgotten with the last."""
@@ -250,11 +246,11 @@ class SlotTable:
         """Notes whether the slot may be given up; call it when its load was paused or goes on."""
         assert slot.expert is not None, "a FREE slot is not given up"
         is_still = slot.state is SlotState.READY or slot.kept_nbytes is not None
-        self._may_go_LE[slot.expert] = is_still and slot.pins == 0
+        self._let_go(slot.expert, is_still and slot.pins == 0)
 
     def states_LE(self) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
         """By layer and expert: 1 resident, 2 loading, 0 neither."""
-        states_LE = np.zeros(self._may_go_LE.shape, np.uint8)
+        states_LE = np.zeros((self.geometry.num_layers, self.geometry.num_experts), np.uint8)
         for slot in self.slots:
             if slot.expert is not None:
                 states_LE[slot.expert] = 1 if slot.state is SlotState.READY else 2
@@ -271,52 +267,67 @@ class SlotTable:
             assert slot.pins == 0 or slot.expert is not None, "only what holds an expert is pinned"
             if slot.expert is not None:
                 assert self.find(slot.expert) is slot, f"the index finds {slot.expert} in slot {slot.index}"
-                may_go = bool(self._may_go_LE[slot.expert])
+                may_go = self._may_go[self._place_of(slot.expert)]
                 assert not (may_go and slot.pins), f"slot {slot.index} is pinned and cannot be given up"
                 assert may_go or slot.pins or slot.state is SlotState.LOADING, f"slot {slot.index} can be given up"
         for layer, held in enumerate(self.slot_of):
             for expert, slot in held.items():
                 assert slot.expert == ExpertId(layer, expert), f"the index says what slot {slot.index} holds"
                 assert self._split is SlotSplit.GLOBAL or self._pool_of(slot) == layer, "slots keep to their layer"
-        assert int(self._may_go_LE.sum()) <= len(self.slots), "only what is in a slot can be given up"
+        assert sum(self._may_go) <= len(self.slots), "only what is in a slot can be given up"
+        for layer in range(self.geometry.num_layers):
+            self._assert_least(layer)
 
-    def _least_worth(self, pool: int) -> ExpertId | None:
-        """Of the pool's experts that may be given up; None when there are none.
+    def _victim(self, pool: int) -> ExpertId | None:
+        """Of the pool's experts that may be given up the one worth least, the first of equals; None: there are none."""
+        if self._split is SlotSplit.LAYER:
+            self._look_up(pool)
+            return None if self._least[pool] == _NONE else ExpertId(pool, self._least[pool])
+        victim = _NONE
+        least = 0.0
+        for layer in range(self.geometry.num_layers):
+            self._look_up(layer)
+            if self._least[layer] == _NONE:
+                continue
+            worth = self._least_worth[layer] + self._worth.of_layer(layer)
+            if victim == _NONE or worth < least:
+                victim, least = layer, worth
+        return None if victim == _NONE else ExpertId(victim, self._least[victim])
 
-        Sorted once for all that give way in an epoch of the scores: sorting takes longer than giving up. What may be
-        given up only since then, or has become worth more since then, waits until the others have gone.
-        """
-        victims = self._victims.get(pool)
-        if victims is not None and victims.epoch == self._score.epoch:
-            victim = self._first_of(victims, pool)
-            if victim is not None:
-                return victim
-        victims = self._victims[pool] = self._sort(pool)
-        return self._first_of(victims, pool)
+    def _look_up(self, layer: int) -> None:
+        """Which of the layer's experts is worth least, unless that is known and nothing has changed."""
+        if self._looked_up[layer] == self._changes[layer]:
+            return
+        worth_E, may_go = self._worth.within(layer), self._may_go
+        least: i64 = _NONE
+        place: i64 = layer * self.geometry.num_experts
+        for expert in range(len(worth_E)):
+            if may_go[place] and (least == _NONE or worth_E[expert] < worth_E[least]):
+                least = expert
+            place += 1
+        self._least[layer] = least
+        self._least_worth[layer] = 0.0 if least == _NONE else worth_E[least]
+        self._looked_up[layer] = self._changes[layer]
 
-    def _first_of(self, victims: "_Victims", pool: int) -> ExpertId | None:
-        """Forgets those that must stay."""
-        first, width = (pool if self._split is SlotSplit.LAYER else 0), self.geometry.num_experts
-        while victims.order:
-            number, score = victims.order[-1]
-            victim = ExpertId(first + number // width, number % width)
-            if self._may_go_LE[victim] and self._score.of(victim) <= score:
-                return victim
-            victims.order.pop()
-        return None
+    def _let_go(self, expert: ExpertId, may_go: bool) -> None:
+        """Notes whether the expert may be given up."""
+        place = self._place_of(expert)
+        if self._may_go[place] is not may_go:
+            self._may_go[place] = may_go
+            # Something less worth came, or what was worth least must stay.
+            if may_go or self._least[expert.layer] == expert.expert:
+                self._looked_up[expert.layer] = _NEVER
 
-    def _sort(self, pool: int) -> "_Victims":
-        """The few that are worth least; equal scores in the order of their experts."""
-        layers = slice(pool, pool + 1) if self._split is SlotSplit.LAYER else slice(0, self.geometry.num_layers)
-        may_go_N = self._may_go_LE[layers].ravel().nonzero()[0]
-        scores_N = self._score(layers).ravel()[may_go_N]
-        if len(scores_N) > 2 * FEW_VICTIMS:
-            # All that are worth as much as the last of the few: which of them come first must not be chance.
-            bound = np.partition(scores_N, FEW_VICTIMS - 1)[FEW_VICTIMS - 1]
-            least = (scores_N <= bound).nonzero()[0]
-            may_go_N, scores_N = may_go_N[least], scores_N[least]
-        order = scores_N.argsort(kind="stable")[::-1]
-        return _Victims(self._score.epoch, list(zip(may_go_N[order].tolist(), scores_N[order].tolist(), strict=True)))
+    def _place_of(self, expert: ExpertId) -> int:
+        return expert.layer * self.geometry.num_experts + expert.expert
+
+    def _assert_least(self, layer: int) -> None:
+        """What was looked up is still so."""
+        if self._looked_up[layer] == self._changes[layer]:
+            known = self._least[layer]
+            self._looked_up[layer] = _NEVER
+            self._look_up(layer)
+            assert self._least[layer] == known, f"layer {layer} knows which of its experts is worth least"
 
     def _pool_of(self, slot: Slot) -> int:
         return slot.index // self.geometry.slots_per_layer if self._split is SlotSplit.LAYER else 0

@@ -1,5 +1,7 @@
 """What is remembered of experts' uses, and what is expected from it."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,6 +15,17 @@ NUM_LAYERS, NUM_EXPERTS = 3, 8
 
 def history() -> ExpertHistory:
     return ExpertHistory(NUM_LAYERS, NUM_EXPERTS, experts_per_token=2)
+
+
+def until_use_LE(known: ExpertHistory) -> np.ndarray:
+    return np.array([[known.layers_until_visit(n) + m for m in known.layers_missed(n)] for n in range(NUM_LAYERS)])
+
+
+def probability_LE(known: ExpertHistory) -> np.ndarray:
+    probabilities = np.array([known.next_probabilities_of(layer) for layer in range(NUM_LAYERS)])
+    for layer, expert in np.ndindex(probabilities.shape):
+        assert known.next_probability_of(ExpertId(layer, expert)) == probabilities[layer, expert]
+    return probabilities
 
 
 routings = st.lists(
@@ -30,9 +43,9 @@ def test_probabilities_stay_probabilities(routed: list[tuple[int, list[int]]]) -
     for step, (layer, experts) in enumerate(routed):
         known.begin_step(1 + step % 3, 1 + step % 2)
         known.routed(layer, experts, None, 1)
-        assert (known.next_probability_LE > 0).all()
-        assert (known.next_probability_LE <= 1).all()
-        assert (known.layers_until_use(slice(0, NUM_LAYERS)) >= 1).all()
+        assert (probability_LE(known) > 0).all()
+        assert (probability_LE(known) <= 1).all()
+        assert (until_use_LE(known) >= 1).all()
 
 
 @given(routed=routings)
@@ -52,7 +65,7 @@ def test_what_is_used_often_is_expected_sooner_than_what_is_used_rarely() -> Non
     known = history()
     for step in range(20):
         known.routed(0, [0, 1 + step % 5], None, 1)
-    until_use_E = known.layers_until_use(slice(0, 1))[0]
+    until_use_E = until_use_LE(known)[0]
     assert until_use_E[0] < until_use_E[1] < until_use_E[7]
 
 
@@ -61,69 +74,73 @@ def test_the_nearer_layer_is_expected_sooner() -> None:
     known.begin_step(1, 1)
     known.routed(0, [0, 1], None, 1)
     for layer in (1, 2):
-        known.hinted(layer, np.array([4], np.uint16), np.array([1.0], np.float32))
-    until_use_LE = known.layers_until_use(slice(0, NUM_LAYERS))
-    assert until_use_LE[1, 4] == 1.0
-    assert until_use_LE[2, 4] == 2.0
+        known.hinted(layer, [4], [1.0])
+    assert until_use_LE(known)[1, 4] == 1.0
+    assert until_use_LE(known)[2, 4] == 2.0
 
 
 def test_the_layer_that_was_just_visited_comes_a_whole_step_later() -> None:
     known = history()
     known.begin_step(1, 1)
     known.routed(1, [3], None, 1)
-    known.hinted(1, np.array([3], np.uint16), np.array([1.0], np.float32))
-    assert known.layers_until_use(slice(1, 2))[0, 3] == NUM_LAYERS
+    known.hinted(1, [3], [1.0])
+    assert until_use_LE(known)[1, 3] == NUM_LAYERS
 
 
-@given(layer=st.integers(0, NUM_LAYERS - 1), routed=routings)
-def test_one_layer_is_estimated_like_all(layer: int, routed: list[tuple[int, list[int]]]) -> None:
+@given(routed=routings, hinted=st.integers(0, NUM_LAYERS - 1))
+def test_a_layer_counts_its_changes(routed: list[tuple[int, list[int]]], hinted: int) -> None:
     known = history()
-    for visited, experts in routed:
-        known.routed(visited, experts, None, 1)
-    everything_LE = known.layers_until_use(slice(0, NUM_LAYERS))
-    assert known.layers_until_use(slice(layer, layer + 1))[0] == pytest.approx(everything_LE[layer])
-    for expert in range(NUM_EXPERTS):
-        assert known.layers_until_use_of(ExpertId(layer, expert)) == everything_LE[layer, expert]
+    changes: list[Callable[[], None]] = [
+        *(lambda layer=layer, experts=experts: known.routed(layer, experts, None, 1) for layer, experts in routed),
+        lambda: known.hinted(hinted, [1, 2], [0.9, 0.4]),
+        lambda: known.begin_step(7, 1),
+        lambda: known.begin_step(1, 1),
+        known.reset,
+    ]
+    for change in changes:
+        before, missed = list(known.changes), [list(known.layers_missed(layer)) for layer in range(NUM_LAYERS)]
+        change()
+        for layer in range(NUM_LAYERS):
+            assert known.changes[layer] > before[layer] or list(known.layers_missed(layer)) == missed[layer]
 
 
 def test_a_hint_replaces_the_own_estimate_until_the_layer_is_routed() -> None:
     known = history()
-    before = known.next_probability_LE[1].copy()
-    known.hinted(1, np.array([6], np.uint16), np.array([0.9], np.float32))
-    assert known.next_probability_LE[1, 6] == pytest.approx(0.9)
-    assert (known.next_probability_LE[1, :6] < before[:6]).all(), "what the hint does not list is less likely"
-    known.hinted(1, np.array([2], np.uint16), np.array([0.5], np.float32))
-    assert known.next_probability_LE[1, 6] < before[6], "the newer hint stands alone"
+    before = probability_LE(known)[1]
+    known.hinted(1, [6], [0.9])
+    assert probability_LE(known)[1, 6] == pytest.approx(0.9)
+    assert (probability_LE(known)[1, :6] < before[:6]).all(), "what the hint does not list is less likely"
+    known.hinted(1, [2], [0.5])
+    assert probability_LE(known)[1, 6] < before[6], "the newer hint stands alone"
     known.routed(1, [0, 1], None, 1)
-    assert known.next_probability_LE[1, 2] == known.next_probability_LE[1, 6]
+    assert probability_LE(known)[1, 2] == probability_LE(known)[1, 6]
 
 
 def test_scores_beyond_probabilities_are_taken_as_certain() -> None:
     known = history()
-    known.hinted(0, np.array([1, 2], np.uint16), np.array([7.0, -3.0], np.float32))
-    assert known.next_probability_LE[0, 1] == 1.0
-    assert known.next_probability_LE[0, 2] == pytest.approx(LEAST_PROBABILITY)
+    known.hinted(0, [1, 2], [7.0, -3.0])
+    assert probability_LE(known)[0, 1] == 1.0
+    assert probability_LE(known)[0, 2] == pytest.approx(LEAST_PROBABILITY)
 
 
 def test_more_tokens_need_more_experts() -> None:
     known = history()
-    alone = known.next_probability_LE.copy()
+    alone = probability_LE(known)
     known.begin_step(num_tokens=50, num_requests=1)
-    assert (known.next_probability_LE > alone).all()
-    assert (known.next_probability_LE > 0.99).all(), "a prefill needs nearly everything"
-    share_E = np.full(NUM_EXPERTS, 2 / NUM_EXPERTS)
+    assert (probability_LE(known) > alone).all()
+    assert (probability_LE(known) > 0.99).all(), "a prefill needs nearly everything"
+    share_E = [2 / NUM_EXPERTS] * NUM_EXPERTS
     known.routed(0, list(range(NUM_EXPERTS)), share_E, 50)
-    assert (known.next_probability_LE[0] < 0.5).all(), "the next visit is one token's again"
+    assert (probability_LE(known)[0] < 0.5).all(), "the next visit is one token's again"
 
 
 def test_many_tokens_at_once_teach_as_much_as_one_by_one() -> None:
     at_once, one_by_one = history(), history()
-    share_E = np.zeros(NUM_EXPERTS)
-    share_E[[2, 3]] = 1.0
+    share_E = [1.0 if expert in (2, 3) else 0.0 for expert in range(NUM_EXPERTS)]
     at_once.routed(0, [2, 3], share_E, 30)
     for _ in range(30):
         one_by_one.routed(0, [2, 3], None, 1)
-    assert at_once.next_probability_LE[0] == pytest.approx(one_by_one.next_probability_LE[0])
+    assert probability_LE(at_once)[0] == pytest.approx(probability_LE(one_by_one)[0])
 
 
 def test_what_was_loaded_ahead_is_not_the_first_to_go() -> None:
@@ -153,7 +170,7 @@ def test_the_version_changes_with_the_estimates() -> None:
     versions.append(known.version)
     known.routed(0, [1], None, 1)
     versions.append(known.version)
-    known.hinted(1, np.array([1], np.uint16), np.array([0.5], np.float32))
+    known.hinted(1, [1], [0.5])
     versions.append(known.version)
     known.reset()
     versions.append(known.version)

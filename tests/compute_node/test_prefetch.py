@@ -224,7 +224,7 @@ def test_eviction_hears_of_what_an_active_version_and_its_canary_say_together() 
             made = replace(hint(1, 2, [expert], [0.9]), version=version)
             opened.hints.put(ReceivedHint(made, None))
         opened.expert_cache.notice()
-        expected = opened.expert_cache._history.next_probability_LE[2]
+        expected = opened.expert_cache._history.next_probabilities_of(2)
         assert expected[6] == expected[7] == pytest.approx(0.9)
 
 

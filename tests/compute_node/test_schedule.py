@@ -1,12 +1,12 @@
 """Named policies, hints in the book, the pace, and what prefetching is worth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
 
 from compute_node.config import ComputeConfig
-from compute_node.eviction import EVICTIONS, ScoresBy, eviction_named, lfu, lru, next_use, promoe, static
+from compute_node.eviction import EVICTIONS, WorthBy, eviction_named, lfu, lru, next_use, promoe, static
 from compute_node.expert_history import ExpertHistory
 from compute_node.hint_book import HintBook
 from compute_node.pace import Pace
@@ -17,7 +17,15 @@ from promoe.hint import Hint
 from promoe.ids import ExpertId
 from promoe.trace_events import HintFate
 
-ALL = slice(0, 2)
+
+def order_of(worth_E: Iterable[float]) -> list[int]:
+    """Experts, worth least first."""
+    worth = list(worth_E)
+    return sorted(range(len(worth)), key=lambda expert: worth[expert])
+
+
+def best_of(worth_E: Iterable[float]) -> int:
+    return order_of(worth_E)[-1]
 
 
 def asked(*assignments: str) -> ComputeConfig:
@@ -81,49 +89,50 @@ class TestEvictions:
     def test_each_keeps_by_its_own_measure(self) -> None:
         history = self.known()
         history.loaded(ExpertId(0, 0), is_needed=True)
-        assert lru(history, ALL)[0].argmax() == 2
-        assert lfu(history, ALL)[0].argmax() == 2, "among equals since they were loaded the last used"
-        assert static(history, ALL)[0].argmax() == 0
-        assert next_use(history, ALL)[0].argmin() == 3
+        assert best_of(lru(history, 0)) == 2
+        assert best_of(lfu(history, 0)) == 2, "among equals since they were loaded the last used"
+        assert best_of(static(history, 0)) == 0
+        assert order_of(next_use(history, 0))[0] == 3
         history.touched(0, [1])
-        assert promoe(history, ALL)[0].argmax() == 1
-        assert lru(history, ALL)[0].argmax() == 2
+        assert best_of(promoe(history, 0)) == 1
+        assert best_of(lru(history, 0)) == 2
 
     @pytest.mark.parametrize("name", EVICTIONS)
-    def test_scores_change_with_their_epoch_only(self, name: str) -> None:
+    def test_worth_within_a_layer_changes_with_its_changes_only(self, name: str) -> None:
         history = self.known()
-        score = ScoresBy(eviction_named(name), history)
+        worth = WorthBy(eviction_named(name), history)
         changes: list[Callable[[], object]] = [
             lambda: None,
             lambda: history.routed(1, [3], None, 1),
             lambda: history.touched(0, [3]),
+            lambda: history.loaded(ExpertId(1, 2), is_needed=False),
             lambda: history.begin_step(4, 2),
             history.reset,
         ]
         for change in changes:
-            epoch, before_LE = score.epoch, score(ALL).copy()
+            counted, before = list(worth.changes), [list(worth.within(layer)) for layer in range(2)]
             change()
-            assert score.epoch != epoch or (score(ALL) == before_LE).all()
-            assert score(slice(1, 2)).tolist() == score(ALL)[1:].tolist()
-            assert score.of(ExpertId(1, 2)) == score(ALL)[1, 2]
+            for layer in range(2):
+                assert worth.changes[layer] != counted[layer] or list(worth.within(layer)) == before[layer]
+
+    def test_only_the_next_use_tells_layers_apart(self) -> None:
+        history = self.known()
+        for name in EVICTIONS:
+            worth = WorthBy(eviction_named(name), history)
+            of_layers = [worth.of_layer(layer) for layer in range(2)]
+            assert of_layers == ([-2.0, -1.0] if name == "next_use" else [0.0, 0.0])
 
     def test_what_has_been_used_for_days_stays_the_most_used(self) -> None:
         history = self.known()
         history.uses.num_uses[0][:2] = [1 << 40, (1 << 23) + 1]
-        score = ScoresBy(eviction_named("lfu"), history)
-        assert score(ALL)[0].argsort().tolist() == [3, 2, 0, 1], "of the most used the one that was used last"
-        assert all(score.of(ExpertId(0, expert)) == score(ALL)[0, expert] for expert in range(4))
+        assert order_of(lfu(history, 0)) == [3, 2, 1, 0]
 
-    @pytest.mark.parametrize("name", EVICTIONS)
-    def test_a_load_changes_the_score_of_its_expert_only(self, name: str) -> None:
-        """Which cannot be given up while it is loaded: so an order of the others still holds."""
+    def test_in_days_of_use_the_last_use_still_decides_between_equals(self) -> None:
         history = self.known()
-        score = ScoresBy(eviction_named(name), history)
-        before_LE = score(ALL).copy()
-        history.loaded(ExpertId(0, 3), is_needed=False)
-        is_same_LE = score(ALL) == before_LE
-        is_same_LE[0, 3] = True
-        assert is_same_LE.all()
+        history.uses.num_uses[0][:] = [1 << 20] * 4
+        history.uses.last_use[0][:] = [(1 << 31) - 3, (1 << 31) - 1, (1 << 31) - 2, 0]
+        history.uses.clock = 1 << 31
+        assert order_of(lfu(history, 0)) == [3, 0, 2, 1]
 
 
 class TestHintBook:

@@ -7,39 +7,42 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from librt.vecs import vec
+from mypy_extensions import i64
 
 from compute_node.device.cpu import DONE
 from compute_node.loads import Load
 from compute_node.schedule import SlotSplit
-from compute_node.slots import FEW_VICTIMS, CacheGeometry, Slot, SlotState, SlotTable
+from compute_node.slots import CacheGeometry, Slot, SlotState, SlotTable
 from promoe.ids import ExpertId
 
 NUM_LAYERS, NUM_EXPERTS, SLOTS_PER_LAYER = 3, 6, 2
 
 
-class Worth:
-    """What a test says experts are worth, and that it changed."""
+class Says:
+    """What a test says experts are worth, and that it changed: `worth_LE`, and `of_layers` on top of it."""
 
-    def __init__(self) -> None:
-        self.worth_LE = np.arange(NUM_LAYERS * NUM_EXPERTS, dtype=np.float64).reshape(NUM_LAYERS, NUM_EXPERTS)
-        self.epoch = 0
+    def __init__(self, worth_LE: npt.NDArray[np.float64]) -> None:
+        self.worth_LE = worth_LE
+        self.of_layers = [0.0] * len(worth_LE)
+        self.changes: vec[i64] = vec[i64]([0] * len(worth_LE))
 
-    def __call__(self, layers: slice) -> npt.NDArray[np.float64]:
-        return self.worth_LE[layers]
+    def within(self, layer: int) -> vec[float]:
+        return vec[float](self.worth_LE[layer].tolist())
 
-    def of(self, expert: ExpertId) -> float:
-        return float(self.worth_LE[expert])
+    def of_layer(self, layer: int) -> float:
+        return self.of_layers[layer]
 
     def set(self, layer: int, number: int, worth: float) -> None:
         self.worth_LE[layer, number] = worth
-        self.epoch += 1
+        self.changes[layer] += 1
 
 
 class Scored:
     """A table whose experts are worth what a test says."""
 
     def __init__(self, split: SlotSplit) -> None:
-        self.worth = Worth()
+        self.worth = Says(np.arange(float(NUM_LAYERS * NUM_EXPERTS)).reshape(NUM_LAYERS, NUM_EXPERTS))
         geometry = CacheGeometry(NUM_LAYERS, NUM_EXPERTS, SLOTS_PER_LAYER, blob_nbytes=100, experts_per_token=1)
         addresses = [1000 * index for index in range(geometry.num_slots)]
         self.table = SlotTable(addresses, geometry, split, self.worth, DONE)
@@ -212,12 +215,11 @@ def idle_experts(table: SlotTable) -> set[ExpertId]:
 
 
 def test_what_has_become_worth_more_stays() -> None:
-    """Without a new epoch: a hint names an expert."""
     scored = Scored(SlotSplit.LAYER)
     scored.load(1, 2)
     scored.load(1, 3)
     assert scored.load(1, 4, may_go=lambda victim: False) is None
-    scored.worth.worth_LE[1, 2] = 99.0
+    scored.worth.set(1, 2, 99.0)
     scored.load(1, 4)
     assert scored.table.find(ExpertId(1, 2)) is not None
     assert scored.table.find(ExpertId(1, 3)) is None
@@ -235,12 +237,11 @@ operations = st.lists(
 
 
 @given(st.sampled_from(SlotSplit), operations)
-def test_whatever_happened_the_least_worth_of_what_could_go_in_this_epoch_gives_way(
+def test_whatever_happened_the_least_worth_of_what_may_go_gives_way(
     split: SlotSplit, steps: list[tuple[str, int, int, int]]
 ) -> None:
     scored = Scored(split)
     table, asked = scored.table, list[ExpertId]()
-    could_go: set[ExpertId] = set()
 
     def may_go(victim: ExpertId) -> bool:
         asked.append(victim)
@@ -251,14 +252,12 @@ def test_whatever_happened_the_least_worth_of_what_could_go_in_this_epoch_gives_
         slot = table.find(expert)
         if what == "worth":
             scored.worth.set(layer, number, worth)
-            could_go = idle_experts(table)
         elif what == "load" and slot is None:
             idle = {e for e in idle_experts(table) if split is SlotSplit.GLOBAL or e.layer == layer}
-            least = min((scored.worth.of(other) for other in idle & could_go), default=np.inf)
             asked.clear()
             loaded = scored.load(layer, number, arrives=False, may_go=may_go)
-            assert set(asked) <= idle
-            assert all(scored.worth.of(victim) <= least for victim in asked)
+            if asked:
+                assert asked == [min(idle, key=lambda other: (scored.worth.worth_LE[other], other))]
             assert loaded is not None or not idle, "whatever may go is found"
         elif slot is not None and what == "arrive" and slot.state is SlotState.LOADING:
             table.arrived(slot)
@@ -271,22 +270,51 @@ def test_whatever_happened_the_least_worth_of_what_could_go_in_this_epoch_gives_
         table.check_integrity()
 
 
-def test_of_many_the_few_that_are_worth_least_go_in_order_and_equals_by_number() -> None:
-    num_experts = 3 * FEW_VICTIMS
-    geometry = CacheGeometry(1, num_experts, num_experts, blob_nbytes=100, experts_per_token=1)
-    worth = Worth()
-    worth.worth_LE = np.array([[number % 5 for number in range(num_experts)]], np.float64)
-    table = SlotTable(range(num_experts), geometry, SlotSplit.GLOBAL, worth, DONE)
-    table.fill(list(range(num_experts)))
-    gone: list[int] = []
+def gone_in_order(worth: Says, num: int) -> list[ExpertId]:
+    """Of a table that is full and one pool, what gives way one after the other."""
+    num_layers, num_experts = worth.worth_LE.shape
+    geometry = CacheGeometry(num_layers, num_experts, num_experts, blob_nbytes=100, experts_per_token=1)
+    table = SlotTable(range(geometry.num_slots), geometry, SlotSplit.GLOBAL, worth, DONE)
+    table.fill(list(range(geometry.num_slots)))
+    gone: list[ExpertId] = []
 
     def note(victim: ExpertId) -> bool:
-        gone.append(victim.expert)
+        gone.append(victim)
         return True
 
-    for _ in range(2 * FEW_VICTIMS):
+    for _ in range(num):
         slot = table.take(0, note)
         assert slot is not None
-        # Not used again, so that the next take gives up another.
-        table.place(slot, Load(ExpertId(0, gone[-1]), 0, slot.address, 100, DONE, DONE))
-    assert gone == sorted(range(num_experts), key=lambda number: (number % 5, number))[: 2 * FEW_VICTIMS]
+        # Not READY again, so that the next take gives up another.
+        table.place(slot, Load(gone[-1], 0, slot.address, 100, DONE, DONE))
+        table.check_integrity()
+    return gone
+
+
+@given(
+    worth=st.lists(st.lists(st.integers(0, 4), min_size=5, max_size=5), min_size=1, max_size=4),
+    of_layers=st.lists(st.integers(-3, 3), min_size=4, max_size=4),
+)
+def test_in_one_pool_the_least_worth_of_all_layers_goes_first_and_equals_by_number(
+    worth: list[list[int]], of_layers: list[int]
+) -> None:
+    says = Says(np.array(worth, np.float64))
+    says.of_layers = [float(more) for more in of_layers]
+    everything = [ExpertId(layer, expert) for layer in range(len(worth)) for expert in range(5)]
+    in_order = sorted(
+        everything, key=lambda expert: (worth[expert.layer][expert.expert] + of_layers[expert.layer], expert)
+    )
+    assert gone_in_order(says, len(everything)) == in_order
+
+
+def test_what_becomes_worth_less_goes_at_once() -> None:
+    scored = Scored(SlotSplit.GLOBAL)
+    for layer in range(NUM_LAYERS):
+        for expert in (4, 5):
+            scored.load(layer, expert)
+    scored.worth.set(2, 5, -1.0)
+    assert scored.load(0, 0) is not None
+    assert scored.table.find(ExpertId(2, 5)) is None
+    scored.worth.of_layers[1] = -100.0
+    assert scored.load(0, 1) is not None
+    assert scored.table.find(ExpertId(1, 4)) is None
