@@ -19,7 +19,9 @@ class Acquisition:
         late: those of `misses` whose load was under way.
         late_stall_s: the part of `stall_s` that was spent on `late`.
         ready: all experts of the layer that were READY when the routing became known, needed or not.
-        pinned: slots by expert; the cache's business.
+        pinned: slots by expert; the cache's business, and so are
+        waiting: misses that there was no slot for yet, and
+        may_look: whether a look around is due as soon as compute has to wait.
     """
 
     layer: int
@@ -31,3 +33,5 @@ class Acquisition:
     late_stall_s: float = 0.0
     ready: tuple[int, ...] = ()
     pinned: dict[int, Slot] = field(default_factory=dict)
+    waiting: list[int] = field(default_factory=list)
+    may_look: bool = False

@@ -1,7 +1,7 @@
 """The expert cache: what a layer needs is pinned or loaded, what it will need is loaded ahead, the rest gives way.
 
 Knows slots and experts, not tensors of hidden states. Every decision is made on the engine thread, at the points where
-it looks around: a step begins, a decoder layer begins, a routing becomes known, an expert was computed, a layer is
+it looks around: a step begins, a decoder layer begins, a routing becomes known, compute has to wait, the last layer is
 over. Hints and arrived loads wait for the next look; so the order of what was noticed determines what is decided, and a
 trace of it can be replayed. The store client's thread enters through `blob_retired` only.
 """
@@ -133,6 +133,7 @@ class ExpertCache:
                 new_load=self._new_load,
                 arrive=self._arrive,
                 stop=self._stop,
+                look_around=self.notice,
                 wait_begins=surroundings.wait_begins,
             ),
             policy,
@@ -217,7 +218,7 @@ class ExpertCache:
         self._follow_compute()
         routed_s = self._clock()
         with self._lock:
-            self._take_notice(looks_for_hints=False)  # what came just now is early enough when the layer is over
+            self._take_notice(looks_for_hints=False)  # what came just now is early enough a little later
             self._prefetcher.pace.routed(layer, routed_s)
             acquisition = self._feed.open(layer, needed)
             self.counters[layer].hits += len(acquisition.hits)
@@ -229,12 +230,14 @@ class ExpertCache:
             if self.policy.early_preemption:
                 self._stop(self._prefetcher.unneeded(layer))
         try:
+            self._feed.demand(acquisition)
             yield acquisition
         finally:
             self._feed.close(acquisition)
             self._prefetcher.pace.stalled(acquisition.stall_s)
             self._tell(_layer_event(acquisition, self._step, topk_ids_TK, routed_s, self._clock()))
-            self.notice()
+            if layer == self.geometry.num_layers - 1:
+                self.notice()  # the next look is the next step's, and the link should have work until then
 
     def arrivals(self, acquisition: Acquisition) -> Iterator[tuple[int, int]]:
         """Hands out (expert, slot index) as they can be computed, in the policy's order; see `ExpertFeed.arrivals`."""
@@ -266,11 +269,6 @@ class ExpertCache:
         with self._lock:
             states = [slot.state for slot in self._table.held(layer)]
         return LayerOccupancy(states.count(SlotState.READY), states.count(SlotState.LOADING))
-
-    def ready_experts(self, layer: int) -> tuple[int, ...]:
-        """READY now: the store client's thread may take one away meanwhile."""
-        with self._lock:
-            return self._table.ready(layer)
 
     def resident_states(self) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
         """By layer and expert: bit 0 resident, bit 1 loading, bit 2 hinted for the layer's next visit."""
@@ -337,7 +335,9 @@ class ExpertCache:
         self._look += 1
 
     def _apply(self, hint: Hint) -> None:
-        """What a hint means to eviction."""
+        """What a hint means to eviction; what was expected of the token before says nothing about a prompt."""
+        if self._prefetcher.is_prefill and hint.observed_step != hint.step:
+            return
         if self.policy.hints is HintUse.BUDGETED:
             self._history.hinted(hint.layer, hint.experts.tolist(), hint.scores.tolist())
         elif self.policy.hints is HintUse.TOP:

@@ -31,7 +31,7 @@ class ComputeMarks(Protocol):
 
 @dataclass(frozen=True)
 class FeedParts:
-    """What the feed shares with its cache; `arrive`, `stop` and `new_load` are the cache's own.
+    """What the feed shares with its cache; `arrive`, `stop`, `new_load` and `look_around` are the cache's own.
 
     Attributes:
         wait_begins: told when there is nothing to compute with until a load is ISSUED.
@@ -47,6 +47,7 @@ class FeedParts:
     new_load: Callable[[ExpertId, Slot], Load]
     arrive: Callable[[Slot, Load], None]
     stop: Callable[[Sequence[Slot]], None]
+    look_around: Callable[[], None]
     wait_begins: Callable[[], None]
 
 
@@ -56,9 +57,10 @@ class ExpertFeed:
     def __init__(self, parts: FeedParts, policy: SchedulePolicy) -> None:
         self._parts = parts
         self._policy = policy
+        self._is_eager = policy.early_preemption or policy.serial
 
     def open(self, layer: int, needed: Sequence[int]) -> Acquisition:
-        """Pins what is there or under way."""
+        """Pins what is there or under way; `demand` asks for the rest."""
         hits: list[int] = []
         late: list[Slot] = []
         absent: list[int] = []
@@ -82,10 +84,18 @@ class ExpertFeed:
         acquisition = Acquisition(
             layer, tuple(hits), (*late_experts, *absent), late=late_experts, ready=ready, pinned=pinned
         )
-        if self._policy.early_preemption or self._policy.serial:
+        acquisition.waiting = absent
+        if self._is_eager:
             for slot in late:
                 self._parts.prefetcher.urge(slot)
         return acquisition
+
+    def demand(self, acquisition: Acquisition) -> None:
+        """Asks for all that is missing and that there are slots for, where the policy does so at once."""
+        if self._is_eager:
+            self._demand_more(acquisition, acquisition.waiting)
+            # With all on its way, what has to be done anyway is done while compute waits.
+            acquisition.may_look = not acquisition.waiting
 
     def arrivals(self, acquisition: Acquisition) -> Iterator[tuple[int, int]]:
         """Hands out (expert, slot index) as they can be computed, in the policy's order.
@@ -93,10 +103,7 @@ class ExpertFeed:
         The slot stays pinned until the next item is asked for. A layer that needs more experts than there are slots is
         streamed: what was computed gives way to what is missing.
         """
-        waiting = [expert for expert in acquisition.misses if expert not in acquisition.pinned]
-        is_eager = self._policy.early_preemption or self._policy.serial
-        if is_eager:
-            self._demand_more(acquisition, waiting)
+        waiting = acquisition.waiting
         if self._policy.serial:
             self._await_all(acquisition)
         needed = [*acquisition.hits, *acquisition.misses]
@@ -107,7 +114,7 @@ class ExpertFeed:
             remaining.remove(expert)
             if waiting:
                 self._release(acquisition, expert)
-                if is_eager:
+                if self._is_eager:
                     self._demand_more(acquisition, waiting)
                 if self._policy.serial:
                     self._await_all(acquisition)
@@ -223,6 +230,9 @@ class ExpertFeed:
             if slot.kept_nbytes is not None or self._parts.prefetcher.is_under_way(slot):
                 self._parts.prefetcher.urge(slot)
             loads.append(slot.load)
+        if acquisition.may_look:
+            acquisition.may_look = False
+            self._parts.look_around()
         self._parts.wait_begins()
         started_s = self._parts.clock()
         load = self._parts.transfers.next_issued(loads)

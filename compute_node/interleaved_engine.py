@@ -201,7 +201,7 @@ class InterleavedEngine:
             position_ids=positions_1T,
             past_key_values=turn.kv_cache,
             use_cache=True,
-            **_logits_of_last(self._model),
+            **_logits_at(len(turn.next_ids) - 1, self._model),
         )
         turn.num_cached = num_tokens
         # Families without a default cache class make their own at the first pass.
@@ -240,5 +240,12 @@ def _new_kv_cache(model: PreTrainedModel) -> DynamicCache | None:
     return None
 
 
-def _logits_of_last(model: PreTrainedModel) -> dict[str, int]:
-    return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}  # type: ignore[operator]
+def _logits_at(row: int, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Of one row of the step only.
+
+    As an index, which copies the row: on the slice that a number makes, a CPU's bfloat16 product with the vocabulary
+    took 74 ms where it takes 4 on a copy (demo model, torch 2.13).
+    """
+    if not model._supports_logits_to_keep():  # type: ignore[operator]
+        return {}
+    return {"logits_to_keep": torch.tensor([row], device=model.device)}

@@ -4,7 +4,7 @@ Never waits: hidden states are on their way to the host when they are handed ove
 Shapes: T tokens, D hidden, K experts per token, R sampled rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,7 +59,6 @@ class LayerObserver:
         num_layers: MoE layers.
         device: copies to the host.
         samplers: asked at every step what they want of it.
-        ready: the experts of a MoE layer that are READY now; None where nobody can say.
     """
 
     def __init__(
@@ -67,11 +66,9 @@ class LayerObserver:
         num_layers: int,
         device: Device,
         samplers: Sequence[LayerSampler],
-        ready: Callable[[int], tuple[int, ...]] | None = None,
     ) -> None:
         self._num_layers = num_layers
         self._device = device
-        self._ready = ready
         self._samplers = tuple(samplers)
         self._start = StepStart(0, ())
         self._num_tokens = 0
@@ -99,8 +96,8 @@ class LayerObserver:
                 hidden = self._copy(hidden_TD, watch.rows, copies)
                 self._hand_over(watch, layer, ObservedKind.LAYER_INPUT, hidden)
 
-    def routed(self, layer: int, topk_ids_TK: np.ndarray, hidden_TD: torch.Tensor) -> None:
-        """The layer's routing is known; `hidden_TD` is its router input."""
+    def routed(self, layer: int, topk_ids_TK: np.ndarray, hidden_TD: torch.Tensor, ready: tuple[int, ...] = ()) -> None:
+        """The layer's routing is known; `hidden_TD` is its router input, `ready` what was READY when it became so."""
         copies: dict[int, HostCopy] = {}
         for watch in self._watches:
             wanted = watch.wanted
@@ -108,8 +105,7 @@ class LayerObserver:
                 rows = watch.rows
                 seen_RK = topk_ids_TK[: self._num_tokens] if rows.are_all else topk_ids_TK[rows.host_R]
                 ids_RK = seen_RK.astype(np.uint16)
-                ready = self._ready(layer) if wanted.ready and self._ready is not None else None
-                watch.routings.append(LayerRouting(layer, ids_RK, ready))
+                watch.routings.append(LayerRouting(layer, ids_RK, ready if wanted.ready else None))
             if not is_observed(layer, self._num_layers, wanted.every):
                 continue
             if wanted.router_input:

@@ -25,10 +25,15 @@ class MissLevel(Enum):
 
 
 class MissWatch:
-    """Owned by the engine thread. Until some steps have shown otherwise, many misses are expected."""
+    """Owned by the engine thread.
 
-    def __init__(self) -> None:
-        self._miss_share = 1.0
+    Args:
+        cache_rate: of the expert cache. Until some steps have shown otherwise, as many misses are expected as experts
+            are absent.
+    """
+
+    def __init__(self, cache_rate: float) -> None:
+        self._miss_share = 1.0 - cache_rate
         self._is_decode = False
 
     @property

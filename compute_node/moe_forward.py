@@ -121,11 +121,12 @@ class MoeForward:
     ) -> torch.Tensor:
         """The routed experts' weighted sum, (T, D) in `hidden_TD`'s dtype."""
         routing = Routing.of(topk_ids_TK)
-        self._observer.routed(self.layer, routing.ids_TK, hidden_TD)
         grouped_ND = routing.group(hidden_TD).to(self._compute_dtype)
         outputs: list[torch.Tensor] = [hidden_TD] * len(routing.experts)
         group_of = {expert: group for group, expert in enumerate(routing.experts)}
         with self._expert_cache.acquire(self.layer, routing.experts, routing.ids_TK) as acquisition:
+            # While the link is busy with what is missing.
+            self._observer.routed(self.layer, routing.ids_TK, hidden_TD, acquisition.ready)
             for expert, slot_index in self._expert_cache.arrivals(acquisition):
                 group = group_of[expert]
                 rows_ND = grouped_ND[routing.bounds[group] : routing.bounds[group + 1]]

@@ -35,6 +35,8 @@ first is not forgiven where the link is idle: a load takes time from the engine 
 
 LEAST_STREAMED_PROBABILITY: Final = 0.5
 FEWEST_QUEUED_BLOBS: Final = 2
+MOST_STREAMED_SHARE: Final = 4
+"""A prefill's next layer is queued whole, as far as that takes no more than a quarter of the slots."""
 
 
 class Candidate(NamedTuple):
@@ -229,7 +231,18 @@ class Prefetcher:
 
     def _room_nbytes(self) -> float:
         until_next_look_nbytes = self.link_bytes_per_s * (self.pace.layer_s or 0.0)
-        return max(FEWEST_QUEUED_BLOBS * self._blob_nbytes, until_next_look_nbytes + self._blob_nbytes)
+        fewest = FEWEST_QUEUED_BLOBS
+        if self.is_prefill:
+            fewest = max(fewest, self._num_streamed_whole())
+        return max(fewest * self._blob_nbytes, until_next_look_nbytes + self._blob_nbytes)
+
+    def _num_streamed_whole(self) -> int:
+        """What the next layer of a prefill lacks: nothing better will be known of it, and its turn is sure to come."""
+        geometry, layer = self._table.geometry, self._history.layer + 1
+        if layer >= geometry.num_layers:
+            return 0
+        lacking = geometry.num_experts - len(self._table.ready(layer))
+        return min(lacking, geometry.num_slots // MOST_STREAMED_SHARE)
 
     def _candidates(self) -> Iterator[Candidate]:
         """In the order they should be loaded."""

@@ -62,7 +62,7 @@ class StepWatch:
         self.maps = CacheMapRecorder(spec.num_moe_layers, spec.num_experts, expert_cache.resident_states)
         self.scores = HintScores(spec.num_moe_layers)
         inbox.calibrate = self.scores.calibrated
-        self._misses = MissWatch()
+        self._misses = MissWatch(expert_cache.geometry.cache_rate)
         self.takeovers: Takeovers | None = None
         samplers: tuple[LayerSampler, ...] = (self.traces,)
         if expert_cache.policy.hints is not HintUse.IGNORE:
@@ -71,7 +71,7 @@ class StepWatch:
             samplers = (*link.samplers, self.traces)
         elif predictor_endpoint:
             logger.info("The predictor is not asked: policy %s ignores hints.", expert_cache.policy.name)
-        self.observer = LayerObserver(spec.num_moe_layers, device, samplers, expert_cache.ready_experts)
+        self.observer = LayerObserver(spec.num_moe_layers, device, samplers)
 
     def attach(self, loaded: LoadedModel, layer_modules: Sequence[str], recorder: StepRecorder) -> None:
         """Hears of steps, layers and loads from now on.

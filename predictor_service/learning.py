@@ -220,11 +220,13 @@ class Learning:
             child.close()
 
     def _lose_child(self, problem: str) -> None:
-        self._end_child()
         if self._closing.is_set():
+            self._end_child()
             return
         logger.warning("%s It is started again in %g s.", problem, self._restart_s)
+        # Before its state shows: whoever sees that it failed finds the reason.
         self._tell_news(problem)
+        self._end_child()
         self._conductor.failed(problem)
         timer = threading.Timer(self._restart_s, lambda: self._events.put(self._begin_child_again))
         timer.daemon = True

@@ -47,7 +47,8 @@ def run_chat(
             position_ids=torch.arange(num_cached, num_cached + len(ids), device=model.device)[None],
             past_key_values=kv_cache,
             use_cache=True,
-            logits_to_keep=1,
+            # An index, as the engines give it: a slice takes a slow way through the vocabulary.
+            logits_to_keep=torch.tensor([len(ids) - 1], device=model.device),
         )
         answer.append(int(output.logits[0, -1].argmax()))
         ledger.end_step()

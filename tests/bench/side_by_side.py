@@ -217,7 +217,7 @@ def path_on(
     path = ExpertPath.build(spec, policy, plan, device, model.source_address, inbox)
     ledger = StepLedger()
     recorder = StepRecorder(ledger, CacheMetrics.register(CollectorRegistry()), device.take_compute_stall_s)
-    scores, misses = HintScores(spec.num_moe_layers), MissWatch()
+    scores, misses = HintScores(spec.num_moe_layers), MissWatch(slots_per_layer / spec.num_experts)
     path.expert_cache.sinks += [recorder, scores, misses]
     with path.transfers, ExitStack() as stack:
         path.expert_cache.warm()

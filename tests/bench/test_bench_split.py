@@ -38,7 +38,7 @@ def test_hints_are_those_of_the_plug_in(name: str) -> None:
     predictor = choose_predictor(name, PredictorSource(SPEC, Path("/no/pack")))
     drawn, session, inbox = random.Random(5), predictor.open_session(), HintInbox()
     expected: list[Hint] = []
-    with called_in_process(predictor)(SPEC, inbox, MissWatch()) as caller:
+    with called_in_process(predictor)(SPEC, inbox, MissWatch(0.0)) as caller:
         for step in range(1, 6):
             start = StepStart(step, (StepSpan("r", 1, step == 1),), ("r",) if step == 4 else ())
             wanted = caller.begin_step(start)

@@ -70,7 +70,7 @@ def run_step(
         hidden_TD = layer_input(step, layer, num_rows).to(torch_device)
         observer.layer_input(layer, hidden_TD)
         hidden_TD.mul_(-1)
-        observer.routed(layer, routing(layer, num_rows), hidden_TD)
+        observer.routed(layer, routing(layer, num_rows), hidden_TD, (layer, 7))
         hidden_TD.zero_()
     output_TD = layer_input(step, NUM_LAYERS, num_rows).to(torch_device)
     observer.last_output(output_TD)
@@ -217,20 +217,12 @@ def test_a_step_without_tokens_is_nobodys() -> None:
     assert sampler.samples == []
 
 
-def test_what_is_ready_is_asked_of_whoever_knows_when_it_is_wanted() -> None:
-    asked: list[int] = []
-
-    def ready(layer: int) -> tuple[int, ...]:
-        asked.append(layer)
-        return (layer, 7)
-
+def test_what_was_ready_is_told_to_whoever_wants_it() -> None:
     wants, other = (
         Sampler(WantedSamples(2, False, False, True, ready=True)),
         Sampler(WantedSamples(2, False, False, True)),
     )
-    run_step(LayerObserver(NUM_LAYERS, CpuDevice(), [wants, other], ready), 1, (StepSpan("r", 1, False),))
-    assert [routing.ready for sample in wants.samples for routing in sample.routings] == [
-        (layer, 7) for layer in range(NUM_LAYERS)
-    ]
+    run_step(observer_of(wants, other), 1, (StepSpan("r", 1, False),))
+    told = [routing.ready for sample in wants.samples for routing in sample.routings]
+    assert told == [(layer, 7) for layer in range(NUM_LAYERS)]
     assert {routing.ready for sample in other.samples for routing in sample.routings} == {None}
-    assert asked == list(range(NUM_LAYERS))

@@ -16,8 +16,8 @@ def layer(num_hits: int, num_misses: int) -> LayerEvent:
     return LayerEvent(0.0, 0.0, 1, 0, ids, needed[:num_hits], needed[num_hits:], (), 0.0)
 
 
-def watch_of(is_prefill: bool) -> MissWatch:
-    watch = MissWatch()
+def watch_of(is_prefill: bool, cache_rate: float = 0.0) -> MissWatch:
+    watch = MissWatch(cache_rate)
     watch(StepEvent(0.0, 1, (StepSpan("a", 1, False), StepSpan("b", 5, is_prefill))))
     return watch
 
@@ -41,6 +41,11 @@ def test_many_are_expected_until_some_steps_have_shown_otherwise() -> None:
     for _ in range(round(1 / MEMORY)):
         watch(layer(8, 0))
     assert watch.level is MissLevel.MANY
+
+
+def test_where_every_expert_has_a_slot_none_is_missed() -> None:
+    assert watch_of(is_prefill=False, cache_rate=1.0).level is MissLevel.HARDLY_ANY
+    assert watch_of(is_prefill=False, cache_rate=0.75).level is MissLevel.MANY
 
 
 def test_a_few_layers_change_no_level_by_two() -> None:
