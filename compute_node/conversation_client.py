@@ -22,10 +22,10 @@ from promoe.hint import StepStart
 from promoe.hint_wire import (
     decode_hint,
     decode_version,
-    encode_raw_tensor,
     encode_requests_ended,
-    encode_routing,
     encode_step_start,
+    fill_routing,
+    fill_tensor,
 )
 from promoe.model_spec import ModelSpec
 from promoe.trace_events import HintFate
@@ -58,7 +58,8 @@ def encode_event(event: OutgoingEvent) -> bytes:
 
 def _encode(event: OutgoingEvent) -> bytes:
     if isinstance(event, LayerSample):
-        request = pb.PredictRequest(observation=_encode_sample(event))
+        request = pb.PredictRequest()
+        _fill_observation(request.observation, event)
     elif isinstance(event, StepStart):
         request = pb.PredictRequest(step_start=encode_step_start(event))
     else:
@@ -130,21 +131,18 @@ def _bug(error: Exception) -> InternalError:
     return InternalError(f"A message could not be handled ({type(error).__name__}); this node's log has the details.")
 
 
-def _encode_sample(sample: LayerSample) -> pb.Observation:
+def _fill_observation(message: pb.Observation, sample: LayerSample) -> None:
     """Waits for the copy; hidden states go out as they are, without a detour over float32."""
-    hidden: pb.Tensor | None = None
+    message.step = sample.step
+    message.layer = sample.layer
+    message.num_tokens = sample.num_tokens
+    message.rows.extend(sample.rows)
     if sample.hidden is not None:
         hidden_RD = sample.hidden.wait().contiguous()
         data = hidden_RD.view(torch.uint8).numpy().tobytes()
-        hidden = encode_raw_tensor(data, hidden_RD.shape, _DTYPES[hidden_RD.dtype])
-    return pb.Observation(
-        step=sample.step,
-        layer=sample.layer,
-        rows=sample.rows,
-        num_tokens=sample.num_tokens,
-        hidden=hidden,
-        routings=[encode_routing(routing) for routing in sample.routings],
-    )
+        fill_tensor(message.hidden, data, hidden_RD.shape, _DTYPES[hidden_RD.dtype])
+    for routing in sample.routings:
+        fill_routing(message.routings.add(), routing)
 
 
 def _welcome(session: HintSession, message: pb.PredictWelcome) -> None:

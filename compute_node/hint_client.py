@@ -133,6 +133,7 @@ class HintClient:
         self.log = ConnectionLog(endpoint, self._info.instance_id)
         self._session: HintSession | None = None
         self._sampling: HintSession | None = None
+        self._is_shown_nothing = False
         self._past = HintTraffic()
         self._closing = threading.Event()
         self._call: grpc.Call | None = None
@@ -176,7 +177,8 @@ class HintClient:
 
     def begin_step(self, start: StepStart) -> WantedSamples | None:
         """See LayerSampler: what the active version wants of this step."""
-        self.look()
+        self._look()
+        self._is_shown_nothing = False
         session = self._sampling = self._session
         active = None if session is None else session.active
         if session is None or active is None:
@@ -185,7 +187,7 @@ class HintClient:
             session.outgoing.send(RequestsEnded(start.ended_request_ids))
         misses = self._misses()
         if misses is MissLevel.HARDLY_ANY:
-            self._sampling = None
+            self._sampling, self._is_shown_nothing = None, True
             return None
         wanted = WantedSamples(
             max_rows=session.max_rows,
@@ -206,7 +208,11 @@ class HintClient:
             session.outgoing.send(sample)
 
     def look(self) -> None:
-        """A carrier without a thread of its own takes what came."""
+        """A carrier without a thread of its own takes what came; of a step that shows nothing nothing is expected."""
+        if not self._is_shown_nothing:
+            self._look()
+
+    def _look(self) -> None:
         carrier = self._carrier
         if carrier is not None:
             carrier.look()

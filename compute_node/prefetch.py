@@ -28,7 +28,7 @@ STREAM_LAYERS: Final = 2
 LEAST_PROBABILITY: Final = 0.15
 """Less likely experts are not prefetched, however idle the link is: a chunk of theirs may hold up a demand load."""
 
-LOAD_COST: Final = 0.5
+LOAD_COST: Final = 0.25
 RELOAD_COST: Final = 2.0
 """Of a wrong prefetch, in units of the wait that a right one saves; chosen by replaying chats of the demo model. The
 first is not forgiven where the link is idle: a load takes time from the engine thread, too."""

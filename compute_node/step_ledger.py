@@ -17,6 +17,8 @@ class Phase(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
 
+    __hash__ = object.__hash__  # Enum's own is a function in Python, called for every count of every layer
+
 
 @dataclass(frozen=True)
 class TokenSpan:

@@ -49,12 +49,16 @@ def encode_tensor(values: Float32Array, dtype: Dtype) -> predictor_pb2.Tensor:
             data = values.astype(_FLOAT16).tobytes()
     else:
         data = _bfloat16_bits(values).tobytes()
-    return encode_raw_tensor(data, values.shape, dtype)
+    message = predictor_pb2.Tensor()
+    fill_tensor(message, data, values.shape, dtype)
+    return message
 
 
-def encode_raw_tensor(data: bytes, shape: Sequence[int], dtype: Dtype) -> predictor_pb2.Tensor:
-    """To the wire, from what is little-endian and row-major already."""
-    return predictor_pb2.Tensor(dtype=DTYPE_TO_WIRE[dtype], shape=shape, data=data)
+def fill_tensor(message: predictor_pb2.Tensor, data: bytes, shape: Sequence[int], dtype: Dtype) -> None:
+    """To the wire, in place, from what is little-endian and row-major already."""
+    message.dtype = DTYPE_TO_WIRE[dtype]
+    message.shape.extend(shape)
+    message.data = data
 
 
 def decode_tensor(message: predictor_pb2.Tensor) -> Float32Array:
@@ -138,11 +142,17 @@ def encode_observation(observation: Observation, dtype: Dtype) -> predictor_pb2.
 
 def encode_routing(routing: LayerRouting) -> predictor_pb2.LayerRouting:
     """To the wire."""
-    return predictor_pb2.LayerRouting(
-        layer=routing.layer,
-        topk_ids=routing.topk_ids_RK.astype(_IDS, copy=False).tobytes(),
-        ready=b"" if routing.ready is None else _bits_of(routing.ready),
-    )
+    message = predictor_pb2.LayerRouting()
+    fill_routing(message, routing)
+    return message
+
+
+def fill_routing(message: predictor_pb2.LayerRouting, routing: LayerRouting) -> None:
+    """To the wire, in place."""
+    message.layer = routing.layer
+    message.topk_ids = routing.topk_ids_RK.astype(_IDS, copy=False).tobytes()
+    if routing.ready is not None:
+        message.ready = _bits_of(routing.ready)
 
 
 def _bits_of(experts: tuple[int, ...]) -> bytes:

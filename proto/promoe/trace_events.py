@@ -45,6 +45,8 @@ class HintFate(Enum):
     # Pushed out of a full queue by newer ones.
     OVERFLOW = "overflow"
 
+    __hash__ = object.__hash__  # Enum's own is a function in Python, called for every count of every layer
+
 
 @dataclass(frozen=True, eq=False)
 class HintEvent:
@@ -71,6 +73,8 @@ class LoadReason(Enum):
     DEMAND = "demand"
     PREFETCH = "prefetch"
     STREAM = "stream"
+
+    __hash__ = object.__hash__  # as above
 
 
 @dataclass(frozen=True)

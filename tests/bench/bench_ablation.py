@@ -8,6 +8,7 @@ the optimum's bytes / link rate). Every row must give the same tokens; the run f
 """
 
 import argparse
+import gc
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -143,7 +144,11 @@ def measure_group(
             )
             for variant in variants()
         }  # fmt: skip
+        # As a node does when it has started: else Python walks through the model's objects again and again.
+        gc.collect()
+        gc.freeze()
         figures = take_turns({ALL_RESIDENT: resident, **paths}, reference, effort)
+        gc.unfreeze()
         measured = {name: Measured(figures[name], path.good_pred()) for name, path in paths.items()}
     optimum, layer_optimum = optimum_of(reference.routing, model.spec, slots)
     limits = Limits(figures[ALL_RESIDENT], optimum, layer_optimum, link_bytes_per_s, model.spec.layout.blob_nbytes)
