@@ -1,7 +1,7 @@
 """Builds the package; with PROMOE_COMPILE=1 the modules of compute_node/compiled_modules.txt as extensions (mypyc).
 
 They are what runs on the engine thread for every layer and every load. The same sources run interpreted where nothing
-was compiled: the decisions are the same, and take about twice as long.
+was compiled: the decisions are the same, and take several times as long.
 """
 
 import hashlib

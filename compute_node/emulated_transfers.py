@@ -28,9 +28,6 @@ no device would lose by waiting for its copy engine (DECISIONS.md). So the end o
 class RealClock:
     """`time.perf_counter`; short waits are passed awake."""
 
-    def __init__(self) -> None:
-        self._nothing = select.poll()
-
     def __call__(self) -> float:
         """Now."""
         return time.perf_counter()
@@ -40,13 +37,15 @@ class RealClock:
 
     def advance_to(self, at_s: float) -> None:
         """Returns then."""
+        # One of its own for each wait: two threads may wait, and may not poll with the same.
+        nothing = select.poll()
         while (early_s := at_s - time.perf_counter()) > 0:
             if early_s > AWAKE_S:
                 time.sleep(early_s - AWAKE_S)
             else:
                 # Lets other threads have the interpreter. Sleeping for no time would, too, but makes the kernel set a
                 # timer, after which the computing is slower for longer than the wait took (DECISIONS.md).
-                self._nothing.poll(0)
+                nothing.poll(0)
 
 
 class EmulatedTransfers:

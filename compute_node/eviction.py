@@ -15,7 +15,7 @@ from compute_node.expert_history import ExpertHistory
 from promoe.config import SettingUnfit
 
 _BETWEEN_EQUALS: Final = 2.0**-32
-"""Less than one use, for months of uses of the whole model."""
+"""Less than one use, for the first 2^32 uses: days of decoding without a pause. Then it is a little more than that."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from compute_node.slots import CacheGeometry, Slot, SlotState, SlotTable
 from promoe.errors import Unavailable
 from promoe.hint import Hint, IdArray, StepStart
 from promoe.ids import ExpertId
-from promoe.trace_events import HintEvent, HintFate, LayerEvent, LoadEvent, StepEvent, TraceEvent
+from promoe.trace_events import HintEvent, HintFate, LoadEvent, StepEvent, TraceEvent
 
 logger = logging.getLogger(__name__)
 
@@ -234,14 +234,21 @@ class ExpertCache:
             yield acquisition
         finally:
             self._feed.close(acquisition)
+            self._prefetcher.released()
             self._prefetcher.pace.stalled(acquisition.stall_s)
-            self._tell(_layer_event(acquisition, self._step, topk_ids_TK, routed_s, self._clock()))
+            self._tell(acquisition.event(self._step, topk_ids_TK, routed_s, self._clock()))
             if layer == self.geometry.num_layers - 1:
                 self.notice()  # the next look is the next step's, and the link should have work until then
 
     def arrivals(self, acquisition: Acquisition) -> Iterator[tuple[int, int]]:
         """Hands out (expert, slot index) as they can be computed, in the policy's order; see `ExpertFeed.arrivals`."""
-        return self._feed.arrivals(acquisition)
+        is_first = True
+        for expert, slot_index in self._feed.arrivals(acquisition):
+            yield expert, slot_index
+            if is_first:
+                # A sample of the layer that was still on its way to the host.
+                self._hints.flush()
+                is_first = False
 
     def warm(self) -> None:
         """Fills the slots with every layer's first experts, so that service starts with a full cache."""
@@ -336,7 +343,7 @@ class ExpertCache:
 
     def _apply(self, hint: Hint) -> None:
         """What a hint means to eviction; what was expected of the token before says nothing about a prompt."""
-        if self._prefetcher.is_prefill and hint.observed_step != hint.step:
+        if self._prefetcher.is_prefill and hint.observed_step < hint.step == self._step:
             return
         if self.policy.hints is HintUse.BUDGETED:
             self._history.hinted(hint.layer, hint.experts.tolist(), hint.scores.tolist())
@@ -383,18 +390,3 @@ class ExpertCache:
             return None
         counts: list[int] = np.bincount(topk_ids_TK.ravel(), minlength=self.geometry.num_experts).tolist()
         return [count / topk_ids_TK.shape[0] for count in counts]
-
-
-def _layer_event(acquired: Acquisition, step: int, topk_ids_TK: IdArray, routed_s: float, end_s: float) -> LayerEvent:
-    return LayerEvent(
-        at_s=routed_s,
-        end_s=end_s,
-        step=step,
-        layer=acquired.layer,
-        topk_ids_TK=topk_ids_TK,
-        hits=acquired.hits,
-        misses=acquired.misses,
-        late=acquired.late,
-        stall_s=acquired.stall_s,
-        ready=acquired.ready,
-    )

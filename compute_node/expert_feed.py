@@ -35,6 +35,7 @@ class FeedParts:
 
     Attributes:
         wait_begins: told when there is nothing to compute with until a load is ISSUED.
+        look_around: once a layer, when compute has begun to wait and all that the layer lacks is on its way.
     """
 
     table: SlotTable
@@ -82,9 +83,8 @@ class ExpertFeed:
         late.sort(key=_when_expected)
         late_experts = tuple(slot.expert.expert for slot in late if slot.expert is not None)
         acquisition = Acquisition(
-            layer, tuple(hits), (*late_experts, *absent), late=late_experts, ready=ready, pinned=pinned
+            layer, tuple(hits), (*late_experts, *absent), late=late_experts, ready=ready, pinned=pinned, waiting=absent
         )
-        acquisition.waiting = absent
         if self._is_eager:
             for slot in late:
                 self._parts.prefetcher.urge(slot)
@@ -93,7 +93,7 @@ class ExpertFeed:
     def demand(self, acquisition: Acquisition) -> None:
         """Asks for all that is missing and that there are slots for, where the policy does so at once."""
         if self._is_eager:
-            self._demand_more(acquisition, acquisition.waiting)
+            self._demand_more(acquisition)
             # With all on its way, what has to be done anyway is done while compute waits.
             acquisition.may_look = not acquisition.waiting
 
@@ -109,13 +109,13 @@ class ExpertFeed:
         needed = [*acquisition.hits, *acquisition.misses]
         remaining = needed if self._policy.reorder else sorted(needed)
         while remaining:
-            expert = self._next_computable(acquisition, remaining, waiting)
+            expert = self._next_computable(acquisition, remaining)
             yield expert, acquisition.pinned[expert].index
             remaining.remove(expert)
             if waiting:
                 self._release(acquisition, expert)
                 if self._is_eager:
-                    self._demand_more(acquisition, waiting)
+                    self._demand_more(acquisition)
                 if self._policy.serial:
                     self._await_all(acquisition)
 
@@ -139,8 +139,9 @@ class ExpertFeed:
 
     # ------------------------------------------------------------------ slots
 
-    def _demand_more(self, acquisition: Acquisition, waiting: list[int]) -> None:
-        """Starts loading as many of `waiting` as there are slots to be had."""
+    def _demand_more(self, acquisition: Acquisition) -> None:
+        """Starts loading as many of those that wait for a slot as there are slots to be had."""
+        waiting = acquisition.waiting
         while waiting and self._demand(acquisition, waiting[0]):
             waiting.pop(0)
 
@@ -199,7 +200,7 @@ class ExpertFeed:
 
     # ------------------------------------------------------------------ order and waiting
 
-    def _next_computable(self, acquisition: Acquisition, remaining: list[int], waiting: list[int]) -> int:
+    def _next_computable(self, acquisition: Acquisition, remaining: list[int]) -> int:
         """Blocks until one of `remaining` can be computed, the one that the policy wants, and returns it."""
         pinned = acquisition.pinned
         if self._policy.reorder:
@@ -215,7 +216,7 @@ class ExpertFeed:
         expert = remaining[0]
         if expert not in pinned:
             if self._demand(acquisition, expert):
-                waiting.remove(expert)
+                acquisition.waiting.remove(expert)
             else:
                 # All slots hold experts that are still to be computed: one of those goes first.
                 expert = next(expert for expert in remaining if expert in pinned)
@@ -230,11 +231,11 @@ class ExpertFeed:
             if slot.kept_nbytes is not None or self._parts.prefetcher.is_under_way(slot):
                 self._parts.prefetcher.urge(slot)
             loads.append(slot.load)
+        self._parts.wait_begins()
+        started_s = self._parts.clock()
         if acquisition.may_look:
             acquisition.may_look = False
             self._parts.look_around()
-        self._parts.wait_begins()
-        started_s = self._parts.clock()
         load = self._parts.transfers.next_issued(loads)
         load.ticket.wait_on_compute()
         expert = load.expert.expert

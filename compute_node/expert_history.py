@@ -124,6 +124,7 @@ class ExpertHistory:
         for place in range(first, first + self.num_experts):
             of_step[place] = UNLISTED_SHARE / later[place]
         for expert, probability in zip(experts, probabilities, strict=True):
+            assert 0 <= expert < self.num_experts, "a hint is for this model"
             of_step[first + expert] = min(max(probability, LEAST_PROBABILITY), 1.0)
 
     def touched(self, layer: int, experts: Sequence[int]) -> None:

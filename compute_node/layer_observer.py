@@ -96,8 +96,17 @@ class LayerObserver:
                 hidden = self._copy(hidden_TD, watch.rows, copies)
                 self._hand_over(watch, layer, ObservedKind.LAYER_INPUT, hidden)
 
-    def routed(self, layer: int, topk_ids_TK: np.ndarray, hidden_TD: torch.Tensor, ready: tuple[int, ...] = ()) -> None:
-        """The layer's routing is known; `hidden_TD` is its router input, `ready` what was READY when it became so."""
+    def routed(
+        self, layer: int, topk_ids_TK: np.ndarray, hidden_TD: torch.Tensor, ready: tuple[int, ...] | None
+    ) -> None:
+        """The layer's routing is known.
+
+        Args:
+            layer: MoE layer.
+            topk_ids_TK: the routing.
+            hidden_TD: the layer's router input.
+            ready: the layer's experts that were READY when it became known; None where nobody says.
+        """
         copies: dict[int, HostCopy] = {}
         for watch in self._watches:
             wanted = watch.wanted

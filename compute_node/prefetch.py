@@ -1,7 +1,8 @@
 """Loads experts before they are needed: which, in what order, and how many the link can still carry.
 
 Owned by the engine thread; the expert cache calls it whenever it looks around. Only a shallow queue is handed to the
-link, what it carries until the next look, so that better knowledge can still change the order.
+link, what it carries until the next look, so that better knowledge can still change the order; but in a prefill, of
+which nothing better will be known, the next layer whole.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +36,9 @@ first is not forgiven where the link is idle: a load takes time from the engine 
 
 LEAST_STREAMED_PROBABILITY: Final = 0.5
 FEWEST_QUEUED_BLOBS: Final = 2
-MOST_STREAMED_SHARE: Final = 4
-"""A prefill's next layer is queued whole, as far as that takes no more than a quarter of the slots."""
+
+MOST_STREAMED_SHARE: Final = 0.25
+"""Of all slots: a prefill's next layer is queued whole, as far as that takes no more."""
 
 
 class Candidate(NamedTuple):
@@ -195,8 +197,12 @@ class Prefetcher:
         self.is_prefill = is_prefill
         self.link_bytes_per_s = self._transfers.link_bytes_per_s() or 0.0
 
+    def released(self) -> None:
+        """A layer's slots may be given up again, for what nothing could be given up for while they were pinned."""
+        self._exhausted_version = -1
+
     def top_up(self) -> None:
-        """Hands the link what it can carry until the next look."""
+        """Hands the link what it can carry until the next look; in a prefill, what its next layer lacks."""
         # Not what the link says is queued: that depends on how far it happens to be with the chunk under way.
         queued_nbytes = len(self._loading) * self._blob_nbytes
         self.pace.looked_at_link(queued_nbytes > 0)
@@ -241,8 +247,14 @@ class Prefetcher:
         geometry, layer = self._table.geometry, self._history.layer + 1
         if layer >= geometry.num_layers:
             return 0
-        lacking = geometry.num_experts - len(self._table.ready(layer))
-        return min(lacking, geometry.num_slots // MOST_STREAMED_SHARE)
+        held = self._table.slot_of[layer]
+        num_lacking = 0
+        for expert, probability in enumerate(self._history.next_probabilities_of(layer)):
+            slot = held.get(expert)
+            num_lacking += probability >= LEAST_STREAMED_PROBABILITY and (
+                slot is None or slot.state is not SlotState.READY
+            )
+        return min(num_lacking, int(geometry.num_slots * MOST_STREAMED_SHARE))
 
     def _candidates(self) -> Iterator[Candidate]:
         """In the order they should be loaded."""

@@ -92,7 +92,7 @@ class Worth(Protocol):
 
     @property
     def changes(self) -> vec[i64]:
-        """By layer: counts up whenever what `within` says of it may have changed."""
+        """By layer: counts up whenever what `within` says of it may have changed; one and the same vec always."""
 
     def within(self, layer: int) -> vec[float]:
         """Of the layer's experts, (E,)."""
@@ -298,6 +298,11 @@ class SlotTable:
         """Which of the layer's experts is worth least, unless that is known and nothing has changed."""
         if self._looked_up[layer] == self._changes[layer]:
             return
+        self._least[layer], self._least_worth[layer] = self._search(layer)
+        self._looked_up[layer] = self._changes[layer]
+
+    def _search(self, layer: int) -> tuple[int, float]:
+        """Of the layer's experts that may be given up the one worth least, or `_NONE`, and what it is worth."""
         worth_E, may_go = self._worth.within(layer), self._may_go
         least: i64 = _NONE
         place: i64 = layer * self.geometry.num_experts
@@ -305,9 +310,7 @@ class SlotTable:
             if may_go[place] and (least == _NONE or worth_E[expert] < worth_E[least]):
                 least = expert
             place += 1
-        self._least[layer] = least
-        self._least_worth[layer] = 0.0 if least == _NONE else worth_E[least]
-        self._looked_up[layer] = self._changes[layer]
+        return least, 0.0 if least == _NONE else worth_E[least]
 
     def _let_go(self, expert: ExpertId, may_go: bool) -> None:
         """Notes whether the expert may be given up."""
@@ -324,10 +327,8 @@ class SlotTable:
     def _assert_least(self, layer: int) -> None:
         """What was looked up is still so."""
         if self._looked_up[layer] == self._changes[layer]:
-            known = self._least[layer]
-            self._looked_up[layer] = _NEVER
-            self._look_up(layer)
-            assert self._least[layer] == known, f"layer {layer} knows which of its experts is worth least"
+            known = (self._least[layer], self._least_worth[layer])
+            assert self._search(layer) == known, f"layer {layer} knows which of its experts is worth least"
 
     def _pool_of(self, slot: Slot) -> int:
         return slot.index // self.geometry.slots_per_layer if self._split is SlotSplit.LAYER else 0

@@ -147,8 +147,8 @@ def measure_group(
         # As a node does when it has started: else Python walks through the model's objects again and again.
         gc.collect()
         gc.freeze()
+        stack.callback(gc.unfreeze)
         figures = take_turns({ALL_RESIDENT: resident, **paths}, reference, effort)
-        gc.unfreeze()
         measured = {name: Measured(figures[name], path.good_pred()) for name, path in paths.items()}
     optimum, layer_optimum = optimum_of(reference.routing, model.spec, slots)
     limits = Limits(figures[ALL_RESIDENT], optimum, layer_optimum, link_bytes_per_s, model.spec.layout.blob_nbytes)

@@ -46,7 +46,7 @@ class ShownNode:
             due_s = time.perf_counter()
             for event in step.layers:
                 assert event.router_input_RD is not None, "recorded with what routers read"
-                self._observer.routed(event.layer, event.topk_ids_TK, torch.from_numpy(event.router_input_RD))
+                self._observer.routed(event.layer, event.topk_ids_TK, torch.from_numpy(event.router_input_RD), None)
                 due_s += layer_s
                 found = self._hints_until(due_s)
                 if not step.is_prefill:

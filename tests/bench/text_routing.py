@@ -132,7 +132,7 @@ class TextRouting:
         """(B, L, T, D)"""
         self._router_inputs.clear()
         with torch.inference_mode():
-            self._model(input_ids=torch.tensor(token_ids_BT), use_cache=False, logits_to_keep=1)
+            self._model(input_ids=torch.tensor(token_ids_BT), use_cache=False, logits_to_keep=torch.tensor([-1]))
         num_texts, num_tokens = len(token_ids_BT), self._document_tokens
         layers = [values.reshape(num_texts, num_tokens, -1).numpy() for values in self._router_inputs]
         return rounded(np.stack(layers, axis=1))

@@ -161,3 +161,28 @@ def test_the_cache_hands_out_the_right_experts_over_a_played_link(name: str) -> 
             begin(opened, step)
             for layer in range(4):
                 use(opened, layer, [[(step + layer) % 8, (step * 3 + layer) % 8]])
+
+
+def test_two_threads_may_wait_at_once() -> None:
+    """The store client's for a load that was paused, the engine's for one that it needs."""
+    copies = Copies(2)
+    paused, needed = copies.loads
+    paused.reason = LoadReason.PREFETCH
+    with EmulatedTransfers(BLOB_NBYTES / 0.1, ChunkSettings(BLOB_NBYTES // 10, 2)) as transfers:
+        transfers.submit([paused])
+        transfers.catch_up()
+        transfers.submit([needed])
+        transfers.pause([paused])
+        settled = threading.Event()
+
+        def settle() -> None:
+            transfers.settle([paused])
+            settled.set()
+
+        settling = threading.Thread(target=settle)
+        settling.start()
+        assert transfers.next_issued([needed]) is needed
+        needed.ticket.wait_on_host()
+        settling.join()
+        assert settled.is_set()
+        assert copies.has_arrived(1)

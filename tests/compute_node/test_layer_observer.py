@@ -213,7 +213,7 @@ def test_a_step_without_tokens_is_nobodys() -> None:
     observer = observer_of(sampler)
     observer.begin_step(StepStart(1, ()))
     observer.layer_input(0, torch.zeros(0, HIDDEN))
-    observer.routed(0, np.zeros((0, EXPERTS_PER_TOKEN), np.int64), torch.zeros(0, HIDDEN))
+    observer.routed(0, np.zeros((0, EXPERTS_PER_TOKEN), np.int64), torch.zeros(0, HIDDEN), None)
     assert sampler.samples == []
 
 

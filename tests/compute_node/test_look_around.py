@@ -8,8 +8,9 @@ import pytest
 from compute_node.hint_inbox import ReceivedHint
 from compute_node.prefetch import MOST_STREAMED_SHARE
 from compute_node.schedule import POLICIES
+from promoe.hint import Hint
 from promoe.ids import ExpertId
-from promoe.trace_events import HintEvent, LayerEvent, LoadEvent, LoadReason, TraceEvent
+from promoe.trace_events import HintEvent, LayerEvent, LoadEvent, TraceEvent
 from tests.compute_node.expert_stack import ExpertStack
 from tests.compute_node.held_links import GatedLink
 from tests.compute_node.test_prefetch import LAYOUT, NUM_EXPERTS, NUM_LAYERS, GatedDevice, begin, hint, stack, use
@@ -68,11 +69,16 @@ def test_reactive_lru_looks_when_it_did_before() -> None:
 
 def test_after_the_last_layer_the_link_gets_work_until_the_next_step() -> None:
     with stack(POLICIES["proactive"], 4) as opened:
-        begin(opened, 1)
-        for layer in range(NUM_LAYERS - 1):
-            use(opened, layer, [[0, 1]])
-        opened.hints.put(ReceivedHint(hint(2, 0, [6, 7]), None))
-        use(opened, NUM_LAYERS - 1, [[0, 1]])
+        for step in (1, 2):
+            begin(opened, step)
+            for layer in range(NUM_LAYERS):
+                use(opened, layer, [[0, 1]])
+        begin(opened, 2)
+        with opened.expert_cache.acquire(NUM_LAYERS - 1, [0, 1], np.array([[0, 1]], np.uint16)) as acquisition:
+            assert acquisition.misses == ()
+            opened.hints.put(ReceivedHint(replace(hint(3, 0, [6, 7]), observed_step=2), None))
+            for _ in opened.expert_cache.arrivals(acquisition):
+                pass
         assert {slot.expert for slot in opened.expert_cache._table.held(0)} >= {ExpertId(0, 6), ExpertId(0, 7)}
 
 
@@ -80,15 +86,14 @@ def test_a_layer_that_is_streamed_through_few_slots_gives_none_of_them_to_prefet
     """It does not look around before it is over."""
     with stack(POLICIES["proactive"], 1) as opened:
         begin(opened, 1)
-        events: list[TraceEvent] = []
-        opened.expert_cache.sinks.append(events.append)
-        opened.hints.put(ReceivedHint(hint(1, 2, [5, 6]), None))
+        told = heard(opened)
         needed = list(range(NUM_EXPERTS))
         with opened.expert_cache.acquire(0, needed, np.array([needed], np.uint16)) as acquisition:
             assert acquisition.waiting, "there are fewer slots than it needs"
+            opened.hints.put(ReceivedHint(hint(1, 2, [5, 6]), None))
             computed = [expert for expert, _ in opened.expert_cache.arrivals(acquisition)]
         assert sorted(computed) == needed
-        assert all(event.reason is LoadReason.DEMAND for event in events if isinstance(event, LoadEvent))
+        assert told == NUM_EXPERTS * ["load"] + ["layer"]
 
 
 def test_all_that_is_missing_is_asked_for_before_anything_is_computed() -> None:
@@ -127,7 +132,48 @@ def test_a_prompts_next_layer_is_queued_whole_but_for_a_quarter_of_the_slots(slo
         try:
             begin(opened, 1, num_tokens=64, is_prefill=True)
             loading = opened.expert_cache.occupancy(0).loading
-            assert loading == min(NUM_EXPERTS, max(2, NUM_LAYERS * slots // MOST_STREAMED_SHARE))
+            assert loading == min(NUM_EXPERTS, max(2, int(NUM_LAYERS * slots * MOST_STREAMED_SHARE)))
             assert opened.transfers.queued_nbytes() <= loading * LAYOUT.blob_nbytes
         finally:
             link.gate.release(1000)
+
+
+def test_what_the_end_of_a_prompt_says_of_the_next_token_counts_at_once() -> None:
+    with stack(POLICIES["proactive"], 4) as opened:
+        begin(opened, 2, num_tokens=64, is_prefill=True)
+        use(opened, 0, [[0, 1]])
+        said: Hint = replace(hint(3, 0, [6], [0.95]), observed_step=2, observed_layer=NUM_LAYERS - 1)
+        opened.hints.put(ReceivedHint(said, None))
+        opened.expert_cache.notice()
+        assert opened.expert_cache._history.next_probability_of(ExpertId(0, 6)) == pytest.approx(0.95)
+
+
+def test_a_sample_that_was_still_on_its_way_leaves_with_the_first_expert() -> None:
+    """On a GPU it is copied to the host beside the compute that was queued before."""
+    with stack(POLICIES["proactive"], NUM_EXPERTS) as opened:
+        opened.expert_cache.warm()
+        begin(opened, 1)
+        flushed: list[int] = []
+        with opened.expert_cache.acquire(0, [0, 1], np.array([[0, 1]], np.uint16)) as acquisition:
+            opened.hints.flush = lambda: flushed.append(len(flushed))
+            arrivals = opened.expert_cache.arrivals(acquisition)
+            next(arrivals)
+            assert flushed == []
+            next(arrivals)
+            assert flushed == [0]
+            assert list(arrivals) == []
+        assert flushed == [0]
+
+
+def test_what_found_no_slot_while_a_layer_held_them_all_is_looked_at_again() -> None:
+    """A prompt in a cache of little more than one layer: the look in its middle finds nothing to give up."""
+    with stack(POLICIES["proactive"], 2) as opened:
+        everything = list(range(NUM_EXPERTS))
+        ids_TK = np.array([[number, (number + 1) % NUM_EXPERTS] for number in everything], np.uint16)
+        begin(opened, 1, num_tokens=len(everything), is_prefill=True)
+        for layer in range(NUM_LAYERS - 1):
+            with opened.expert_cache.acquire(layer, everything, ids_TK) as acquisition:
+                for _ in opened.expert_cache.arrivals(acquisition):
+                    pass
+            opened.expert_cache.notice()
+            assert opened.expert_cache._prefetcher.num_loading > 0, f"layer {layer + 1} is streamed"

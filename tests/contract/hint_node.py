@@ -57,7 +57,7 @@ class Node:
         hidden_TD = torch.full((num_tokens, HIDDEN), float(self.step))
         for layer in range(NUM_LAYERS):
             self.observer.layer_input(layer, hidden_TD + layer)
-            self.observer.routed(layer, np.full((num_tokens, 2), layer), hidden_TD)
+            self.observer.routed(layer, np.full((num_tokens, 2), layer), hidden_TD, None)
         self.observer.last_output(hidden_TD + NUM_LAYERS)
         self.engine_s += time.perf_counter() - began_s
 

@@ -104,7 +104,7 @@ class Engine:
         for layer in range(NUM_LAYERS):
             self.observer.layer_input(layer, hidden_TD)
             self.received += self.inbox.drain()
-            self.observer.routed(layer, np.full((1, 2), layer), hidden_TD)
+            self.observer.routed(layer, np.full((1, 2), layer), hidden_TD, None)
         self.observer.last_output(hidden_TD)
         self.received += self.inbox.drain()
 
