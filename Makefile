@@ -53,7 +53,7 @@ interpreted: $(INSTALLED) ## Removes what was compiled, until the next make setu
 	@touch $(READY)
 	$(call remove_compiled)
 
-demo: $(READY) ## Builds the demo model once and answers two prompts through the whole stack.
+demo: $(READY) ## Builds the demo model once and answers three prompts through the whole stack.
 	$(BIN)/promoe demo
 
 demo-upgrade: $(READY) ## Changes predictors under a load of 8 streams and draws GoodPred over time.

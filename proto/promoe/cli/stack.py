@@ -87,7 +87,8 @@ class Stack:
         self._footer = ""
         for service in (self._node, *((self._predictor,) if self._predictor else ()), self._store):
             if not service.is_gone:
-                hurry = "; Ctrl-C again does not wait" if self._stop.asked else ""
+                waits = ", when it has finished its answers" if service is self._node else ""
+                hurry = f"{waits}; Ctrl-C again does not wait" if self._stop.asked else ""
                 self._show("stop", PhaseState.RUNNING, f"stopping the {service.command.name}{hurry}")
                 self._stop_service(service)
             service.kill()
