@@ -85,6 +85,7 @@ class Prefetcher:
         self.link_bytes_per_s = 0.0
         self._loading: dict[ExpertId, Slot] = {}
         self._exhausted_version = -1
+        self._lacked_slots = False
         self._withdrawn: set[ExpertId] = set()
         table.on_given_up = self.given_up
 
@@ -199,7 +200,8 @@ class Prefetcher:
 
     def released(self) -> None:
         """A layer's slots may be given up again, for what nothing could be given up for while they were pinned."""
-        self._exhausted_version = -1
+        if self._lacked_slots:
+            self._exhausted_version, self._lacked_slots = -1, False
 
     def top_up(self) -> None:
         """Hands the link what it can carry until the next look; in a prefill, what its next layer lacks."""
@@ -230,6 +232,7 @@ class Prefetcher:
                     break
             elif self._table.find(candidate.expert) is None and candidate.expert not in self._withdrawn:
                 refused[pool] = candidate.probability
+                self._lacked_slots = self._lacked_slots or not self._table.has_victim(pool)
         else:
             self._exhausted_version = self._history.version
         if started:

@@ -173,6 +173,10 @@ class SlotTable:
         self.evictions[victim.layer] += 1
         return self._free[pool].pop()
 
+    def has_victim(self, pool: int) -> bool:
+        """Whether something could be given up for what it is worth."""
+        return self._victim(pool) is not None
+
     def pool_of(self, layer: int) -> int:
         """The slots that this layer's experts may use, as a number."""
         return layer if self._split is SlotSplit.LAYER else 0
