@@ -16,6 +16,7 @@ from promoe.cli.stop_signals import StopSignals
 from promoe.cli.supervisor import ServiceCommand
 from promoe.config import Settings
 from promoe.errors import Unavailable
+from tests.running_store import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = "tests.promoe.scripted_services"
@@ -75,6 +76,8 @@ def test_all_serve_and_all_stop_by_themselves(run_dir: RunDir) -> None:
     with StopSignals() as stop, corners_up(corners, stop) as clients:
         assert [clients[contestant].complete("x").text for contestant in corners] == ["Hello", "Hello"]
         assert clients[HINTED].info().predictor.active is not None
+        # That is what its node says: the predictor itself may not be ready to hear a signal.
+        wait_until(lambda: b"predictor" in (run_dir.path / "proactive" / "p.log").read_bytes())
     assert (run_dir.path / "lru" / "stopped.txt").read_text().split() == ["node"]
     assert sorted((run_dir.path / "proactive" / "stopped.txt").read_text().split()) == ["node", "predictor"]
 
